@@ -46,6 +46,7 @@ from bertdist.core.terminal import (
 )
 from bertdist.core.time_limit import slurm_seconds_left
 from bertdist.data import preflight
+from bertdist.tasks.metric_names import own_selection_problem
 
 if TYPE_CHECKING:  # Optuna, with the extra sweep only
     from bertdist.training.search import Search, SearchPlan
@@ -144,6 +145,11 @@ class Sweep(NamedTuple):
         grid = self.sweep.sampler == "grid"
         return self.sweep.trials or (len(list(grid_of(self.space))) if grid else 20)
 
+    @property
+    def pruner(self) -> Literal["median", "hyperband", "none"]:
+        """The one that is used: evaluations at different points of training do not compare."""
+        return "none" if "eval_every" in self.space else self.sweep.pruner
+
 
 # ---- The flags
 
@@ -179,6 +185,8 @@ def _problems(sweep: SweepConfig, train: TrainConfig) -> Iterable[str]:
         value = getattr(sweep, name)
         if value is not None and value < 1:
             yield f"--{name} is {value}; expected at least 1."
+    if problem := own_selection_problem(train.task.metrics, train.task.metric_for_best_model):
+        yield problem
     data = train.data
     if data.train_file and not (data.validation_file or data.validation_split):
         yield (
@@ -299,7 +307,7 @@ def search_plan(sweep: Sweep) -> "SearchPlan":
         space=sweep.space,
         trials=sweep.trials,
         sampler=config.sampler,
-        pruner=config.pruner,
+        pruner=sweep.pruner,
         seed=train.run.seed,
         metric=train.task.metric_for_best_model or next(iter(train.task.metrics or []), None),
         settings=settings,
@@ -321,8 +329,10 @@ def _say_start(sweep: Sweep, search: "Search", gpus: Sequence[str]) -> None:
     space = " ".join(f"{name}={dimension}" for name, dimension in sweep.space.items())
     print_to_stderr(
         f"Sweep of {sweep.trials} trials in {sweep.folder}, {config.jobs} at a time{where}; "
-        f"sampler {config.sampler}, pruner {config.pruner}, seed {sweep.train.run.seed}.",
+        f"sampler {config.sampler}, pruner {sweep.pruner}, seed {sweep.train.run.seed}.",
         f"Trying {space}.",
+        *["No trial is pruned: with eval_every their evaluations are at different points."]
+        * (sweep.pruner != config.pruner),
         *[f"It continues: {done} trials have been started."] * (done > 0),
     )
 

@@ -214,6 +214,11 @@ def check_space(space: Space, config: TrainConfig) -> None:
     Ends of ranges and choices, each alone and then in pairs, with the first values of the other
     settings: no check is about three of them.
     """
+    has_steps = "max_train_steps" in space or config.run.max_train_steps is not None
+    if "num_train_epochs" in space and has_steps:
+        raise ConfigError(
+            "--try num_train_epochs has no effect: --max_train_steps says how long a run is."
+        )
     first = {name: dimension.ends()[0] for name, dimension in space.items()}
     alone = [{name: value} for name, of in space.items() for value in of.ends()]
     pairs = (

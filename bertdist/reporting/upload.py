@@ -144,14 +144,14 @@ def push(config: PushConfig, say: Callable[..., None]) -> None:
 def _look_up(api: HfApi, config: PushConfig) -> Repository:
     try:
         info = api.model_info(config.to, timeout=TIMEOUT_SECONDS)
-        is_private = bool(info.private)
+        is_private, has_revision = bool(info.private), True
         if config.revision:
             try:
                 info = api.model_info(config.to, revision=config.revision, timeout=TIMEOUT_SECONDS)
             except RevisionNotFoundError:
-                return Repository(True, is_private, False)
+                has_revision = False  # a new branch begins with the files of main
         names = frozenset(x.rfilename for x in info.siblings or ())
-        return Repository(True, is_private, True, names, info.sha)
+        return Repository(True, is_private, has_revision, names, info.sha)
     except RepositoryNotFoundError:
         return Repository(False, not config.public, config.revision is None)
 

@@ -19,7 +19,8 @@ METRIC_NAMES = (
     *("average_precision", "log_loss", "ece", "jaccard_samples", "jaccard_macro"),
     *("pearson", "spearman", "mse", "rmse", "mae", "r2"),
 )
-# Higher is better for all others, and a user's.
+# By the name of the score, also of a user's metric (hub:mse computes mse); higher is better for
+# all others.
 LOWER_IS_BETTER = frozenset({"loss", "log_loss", "ece", "mse", "rmse", "mae"})
 TOP_K = re.compile(r"top_([1-9][0-9]*)_accuracy")
 
@@ -45,6 +46,18 @@ def selected_score(scores: Mapping[str, Any], named: str | None) -> tuple[str, f
     if value is None:
         return name, None
     return name, -value if name in LOWER_IS_BETTER else value
+
+
+def own_selection_problem(metrics: Sequence[str] | None, named: str | None) -> str | None:
+    """Why runs cannot be compared by --metric_for_best_model: it names a user's metric by its file,
+    and what its first score is called shows only when it is computed.
+    """
+    if named is None or not _is_own(named) or named == next(iter(metrics or []), None):
+        return None
+    return (
+        f"--metric_for_best_model {named}: to compare runs, give the name of the score that it "
+        "computes (as metrics.jsonl has it), or name it first in --metrics."
+    )
 
 
 def unknown_metric(name: str, candidates: Sequence[str]) -> ConfigError:

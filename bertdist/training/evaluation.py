@@ -453,7 +453,6 @@ class Scorer:
         self.positive_label, self.positive = config.positive_label, self._metrics.positive
         self._report, self._undefined = metrics.classification_report, metrics.UNDEFINED
         self.selection_metric = config.metric_for_best_model or self._metrics.names[0]
-        self.sign = -1 if self.selection_metric in LOWER_IS_BETTER else 1
         self._named = config.metric_for_best_model is not None
         computed = ["loss", *self._metrics.names]
         if self._named and self.selection_metric not in computed:
@@ -517,7 +516,7 @@ class Scorer:
         if selected not in scores:
             self._check_selection(scores)
             selected = first
-        sign = -1 if selected == "loss" else self.sign
+        sign = -1 if selected in LOWER_IS_BETTER else 1
         classes = {}
         if task.problem_type != REGRESSION:
             classes = self._report(predictions, references, task.labels)

@@ -18,8 +18,9 @@ from accelerate import Accelerator
 
 from bertdist.core.atomic_io import atomic_write, read_json_object, to_json
 from bertdist.core.config import TrainConfig
+from bertdist.core.errors import ConfigError
 from bertdist.distributed.collectives import raise_on_all_ranks
-from bertdist.tasks.metric_names import selected_score
+from bertdist.tasks.metric_names import own_selection_problem, selected_score
 from bertdist.training.repeated_runs import (
     Train,
     open_runs,
@@ -38,6 +39,8 @@ def train_seeds(config: TrainConfig, train: Train) -> bool:
 
     train: that of the script. Raises BertdistError.
     """
+    if problem := own_selection_problem(config.task.metrics, config.task.metric_for_best_model):
+        raise ConfigError(problem)
     seeds = config.run.seed_list
     runs = [run_of_seed(config, seed) for seed in seeds]
     entries: list[dict[str, Any]] = []

@@ -17,10 +17,10 @@ from filelock import FileLock, Timeout
 from optuna.trial import FrozenTrial, TrialState
 
 from bertdist.core.config import TrainConfig
-from bertdist.core.errors import BertdistError
+from bertdist.core.errors import BertdistError, ConfigError
 from bertdist.core.search_space import Value, shown, with_values
 from bertdist.core.terminal import EXIT_STOPPED
-from bertdist.tasks.metric_names import selected_score
+from bertdist.tasks.metric_names import LOWER_IS_BETTER, selected_score
 from bertdist.training.search import COMPLETE, FAIL, PRUNED, RUNNING, Search
 from bertdist.training.trial_runs import (
     IN_USE,
@@ -34,6 +34,7 @@ from bertdist.training.trial_runs import (
     log_file,
     read_evaluations,
     remove_weights,
+    rows_of,
     trial_folder,
 )
 
@@ -93,6 +94,7 @@ class SweepRunner:
 
         Raises BertdistError if the first trials all fail.
         """
+        self._check_folders()
         self._tidy()
         try:
             while not self.stop_reason():
@@ -107,6 +109,19 @@ class SweepRunner:
         finally:
             self._stop_all()
         return False
+
+    def _check_folders(self) -> None:
+        """Raise ConfigError for a run in the folder of a trial that is yet to come: it would count
+        as the trial, with whatever settings it was trained.
+        """
+        found = sorted({path.parent for path in self.folder.glob(f"{TRIALS}/[0-9]*/*")})
+        started = len(self.search.trials)  # asked after the folders: others may start some
+        for run in found:
+            if run.name.isdecimal() and started <= int(run.name) < self.search.plan.trials:
+                raise ConfigError(
+                    f"{run} holds files, and this sweep has not started trial {int(run.name)} (its "
+                    "journal.log was removed?): move the folder away, or give another --output_dir."
+                )
 
     @property
     def is_complete(self) -> bool:
@@ -201,6 +216,7 @@ class SweepRunner:
                 self.say(f"Trial {job.number}, evaluation {index}: {name} {text}.")
             if rank is None:
                 continue
+            self._check_direction(name)
             prune = self.search.report(job.number, index, evaluation.scores[name])
             job.pruned = prune and not evaluation.is_last(length)
             if job.pruned:
@@ -211,6 +227,14 @@ class SweepRunner:
     def _selected(self, evaluation: Evaluation) -> tuple[str, float | None]:
         task = self.config.task
         return selected_score(evaluation.scores, task.metric_for_best_model)
+
+    def _check_direction(self, name: str) -> None:
+        if (name in LOWER_IS_BETTER) != self.search.minimizes:
+            raise ConfigError(
+                f"The trials are compared by {name}, of which "
+                f"{'lower' if name in LOWER_IS_BETTER else 'higher'} is better; give "
+                f"--metric_for_best_model {name} and another --output_dir."
+            )
 
     # ---- Its end
 
@@ -223,7 +247,17 @@ class SweepRunner:
             self._fail(job, f"{name} is undefined in every evaluation")
             return
         _, name, best = max(defined, key=lambda found: found[0])
-        facts = {"metric": name, "step": best.step, "scores": best.scores}
+        rows = rows_of(run)
+        for trial in self.search.trials:
+            before = trial.user_attrs.get("rows")
+            if trial.state == COMPLETE and rows and before and before != rows:
+                error = f"it had other rows than trial {trial.number}: a file has changed"
+                self._end(job, FAIL, error=error)
+                raise ConfigError(
+                    f"Trial {job.number} does not compare: {error} since the sweep began. Put the "
+                    "rows back, or give another --output_dir."
+                )
+        facts = {"metric": name, "step": best.step, "scores": best.scores, "rows": rows}
         self._end(job, COMPLETE, best.scores[name], **facts)
         leader = self.search.best
         first = ", the best so far" * (leader is not None and leader.number == job.number)
@@ -260,19 +294,24 @@ class SweepRunner:
     ) -> None:
         before = self.search.trials[job.number].user_attrs.get("seconds", 0.0)
         facts["seconds"] = round(before + time.monotonic() - job.began, 1)
+        if self.keep_all:
+            facts["kept"] = True
         self.search.finish(job.number, state, value, **facts)
         self._jobs.remove(job)
         self._tidy()
         job.lock.release()
 
     def _tidy(self) -> None:
-        """Of trials that have ended only the best keeps its weights."""
+        """Of trials that have ended only the best keeps its weights, and those that ended with
+        --keep_all.
+        """
         if self.keep_all:
             return
         with self.search.locked():
             best = self.search.best
             for trial in self.search.trials:
-                if trial.state != RUNNING and not (best and trial.number == best.number):
+                kept = trial.user_attrs.get("kept") or (best and trial.number == best.number)
+                if trial.state != RUNNING and not kept:
                     self.discard(trial_folder(self.folder, trial.number))
 
     def _stop_all(self) -> None:

@@ -321,8 +321,8 @@ def flat_settings(config: TrainConfig, **others: Any) -> dict[str, bool | int | 
 
 
 def without_secrets(text: str) -> str:
-    """URLs in a text without user, password and query."""
-    return re.sub(r"(\w+://)(?:[^/\s@]*@)?([^\s?]*)(?:\?\S*)?", r"\1\2", text)
+    """URLs in a text without user, password (which may have an @), query and fragment."""
+    return re.sub(r"(\w+://)(?:[^/\s]*@)?([^\s?#]*)(?:[?#]\S*)?", r"\1\2", text)
 
 
 def numbers(values: Mapping[str, Any]) -> dict[str, float]:

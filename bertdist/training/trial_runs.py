@@ -89,6 +89,15 @@ def last_saved_step(run: Path) -> int:
     return max((int(name) for name in names if name.isdecimal()), default=-1)
 
 
+def rows_of(run: Path) -> dict[str, str]:
+    """Number and fingerprint of its rows, as the newest checkpoint has them; {} without one."""
+    newest = max(run.glob("checkpoints/step_*/state.json"), default=None)  # names of equal length
+    state = read_json_object(newest) if newest else {}
+    found = {**state.get("must_match", {}), **state.get("may_change", {})}
+    names = ("training_rows", "validation_rows")
+    return {name: str(found[name]) for name in names if found.get(name)}
+
+
 def is_in_use(run: Path) -> bool:
     """Whether a process still trains in the folder: one that an earlier sweep has left."""
     if not (run / LOCK).exists():

@@ -81,6 +81,20 @@ def test_what_may_change_when_a_sweep_continues() -> None:
     assert json.loads(json.dumps(settings())) == settings()
 
 
+def test_evaluations_at_different_points_prune_nothing() -> None:
+    sweep = read_sweep_config([*NEEDED, "--pruner=hyperband"])
+    assert search_plan(sweep).pruner == "hyperband"
+    sweep = read_sweep_config([*NEEDED[:5], "eval_every=1 epoch,20%"])
+    assert search_plan(sweep).pruner == "none" and sweep.sweep.pruner == "median"
+
+
+def test_a_metric_by_its_file_does_not_say_how_its_score_is_called() -> None:
+    words = [*NEEDED, "--metric_for_best_model=./mine.py", "--metrics"]
+    with pytest.raises(ConfigError, match=r"mine.py: to compare runs, give the name of the score"):
+        read_sweep_config([*words, "accuracy", "./mine.py"])
+    read_sweep_config([*words, "./mine.py", "accuracy"])  # the first one is known
+
+
 def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
     sweep = read_sweep_config([*NEEDED, f"--output_dir={tmp_path}"])

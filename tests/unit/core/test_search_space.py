@@ -111,6 +111,19 @@ def test_values_are_checked_together() -> None:
     check_space(read_space([words[0], "weight_decay=0,0.1"]), CONFIG)
 
 
+def test_epochs_are_not_tried_where_steps_decide() -> None:
+    message = "--try num_train_epochs has no effect: --max_train_steps"
+    epochs = "num_train_epochs=1,2"
+    run = dataclasses.replace(CONFIG.run, max_train_steps=9)
+    for words, config in (
+        ([epochs], dataclasses.replace(CONFIG, run=run)),
+        ([epochs, "max_train_steps=8,9"], CONFIG),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            check_space(read_space(words), config)
+    check_space(read_space([epochs]), CONFIG)
+
+
 def test_all_mistakes_are_told() -> None:
     with pytest.raises(ConfigError) as error:
         read_space(["seed=1,2", "x=1", "max_length=8,9", "max_length=8,9"])

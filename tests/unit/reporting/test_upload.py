@@ -121,6 +121,16 @@ def test_a_branch_and_a_message(hub: UploadHub, best: Path) -> None:
     assert "branch v2 (new)" in said[0]
 
 
+def test_a_new_branch_keeps_no_weights_of_main(hub: UploadHub, best: Path) -> None:
+    old = {"pytorch_model.bin": b"old", "vocab.txt": b"old", "plot.png": b"mine"}
+    hub.repositories[TO] = Repository(True, old)
+    said = said_of(best, revision="v2")
+    repository = hub.repositories[TO]
+    assert set(repository.branches["v2"]) - {".gitattributes"} == {*FILES, "plot.png"}
+    assert repository.files == old and "branch v2 (new)" in said[0]
+    assert any("Removed, as of another model: pytorch_model.bin, vocab.txt" in x for x in said)
+
+
 def test_a_card_of_a_user_is_uploaded_as_it_is(hub: UploadHub, best: Path) -> None:
     (best / "README.md").write_text("# Mine, used as owner/name\n")
     said = said_of(best)

@@ -395,6 +395,15 @@ def test_a_score_of_a_metric_of_one_s_own_selects(
     assert found.selection_score == score
 
 
+def test_lower_is_better_by_the_name_of_the_score(tmp_path: Path) -> None:
+    """As of hub:mse, also where the metric is named by its file."""
+    path = tmp_path / "mine.py"
+    path.write_text(OWN_METRIC.replace("ROWS", "1").replace('"wrong": -right', '"mse": right'))
+    for named in (str(path), "mse"):
+        found = scorer_by(named, "accuracy", str(path)).score(OWN_LOGITS, OWN_TARGETS)
+        assert (found.selected, found.selection_score) == ("mse", -2.0)
+
+
 def test_the_name_of_a_metric_of_one_s_own_is_its_first_score(own_metric: str) -> None:
     """Not the first score of all, which is the accuracy."""
     scorer = scorer_by(own_metric, "accuracy", own_metric)

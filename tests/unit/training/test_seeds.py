@@ -43,6 +43,13 @@ def train_made_up(
     return train_seeds(read_config(words), train), runs
 
 
+def test_a_metric_by_its_file_does_not_say_how_its_score_is_called() -> None:
+    words = [*SCORED, "--seeds=2", "--metrics", "accuracy", "./mine.py"]
+    config = read_config([*words, "--metric_for_best_model=./mine.py"])
+    with pytest.raises(ConfigError, match="to compare runs, give the name of the score"):
+        train_seeds(config, lambda config: True)
+
+
 def test_runs_differ_in_the_seed_alone_and_are_summed_up(tmp_path: Path) -> None:
     words = [*SCORED, f"--output_dir={tmp_path / 'out'}", "--seeds=3", "--seed=7"]
     seen = run_ranks(2, train_made_up, words)

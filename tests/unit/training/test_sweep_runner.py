@@ -11,7 +11,7 @@ from filelock import FileLock
 
 from bertdist.core.args import read_config
 from bertdist.core.config import TrainConfig
-from bertdist.core.errors import BertdistError
+from bertdist.core.errors import BertdistError, ConfigError
 from bertdist.core.search_space import read_space
 from bertdist.training.search import (
     COMPLETE,
@@ -260,6 +260,7 @@ def test_workers_share_the_trials(tmp_path: Path) -> None:
 
 def test_a_folder_in_use_is_waited_for(tmp_path: Path) -> None:
     sweep = Sweep(tmp_path, trials=2)
+    sweep.search().next()  # by the earlier sweep
     run = trial_folder(tmp_path, 0)
     run.mkdir(parents=True)
     lock = FileLock(run / "run.lock")
@@ -278,12 +279,78 @@ def test_a_folder_in_use_is_waited_for(tmp_path: Path) -> None:
 
 def test_an_undefined_score_is_a_failure(tmp_path: Path) -> None:
     sweep = Sweep(tmp_path, trials=1)
+    sweep.search().next()
     run = trial_folder(tmp_path, 0)
     run.mkdir(parents=True)
     lines = [{"kind": "eval", "step": k, "epoch": k, "loss": 1, "mcc": None} for k in (1, 2, 3, 4)]
     (run / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     (run / "status.json").write_text('{"state": "finished"}')
     with pytest.raises(BertdistError, match="mcc is undefined in every evaluation"):
+        sweep.runner().run()
+
+
+def test_a_run_that_this_sweep_has_not_started_is_no_trial(tmp_path: Path) -> None:
+    first = Sweep(tmp_path, trials=2)
+    assert first.runner().run()
+    (tmp_path / "journal.log").unlink()  # to begin again, with other settings
+    sweep = Sweep(tmp_path, trials=2)
+    with pytest.raises(ConfigError, match=r"0000 holds files, and this sweep has not started"):
+        sweep.runner().run()
+    assert sweep.search().trials == [] and not sweep.starts
+    (tmp_path / "trials" / "0000").rename(tmp_path / "mine")
+    (tmp_path / "trials" / "0001").rename(tmp_path / "trials" / "0002")  # not of these two
+    assert sweep.runner().run() and sweep.starts == [0, 1]
+
+
+def test_trials_on_other_rows_do_not_compare(tmp_path: Path) -> None:
+    class Saves(FakeTrial):
+        rows = "40 rows, abc"
+
+        def status(self, state: str, reason: str = "") -> None:
+            super().status(state, reason)
+            for folder in (self.run / "checkpoints").iterdir():
+                old = folder.name != f"step_{10 * EPOCHS:06d}"
+                rows = {"validation_rows": "old" if old else self.rows}
+                text = {"must_match": {"training_rows": "60 rows, def"}, "may_change": rows}
+                (folder / "state.json").write_text(json.dumps(text))
+
+    def start(number: int, values: Mapping[str, Any], slot: int) -> FakeTrial:
+        return Saves(trial_folder(tmp_path, number), values, None)
+
+    sweep = Sweep(tmp_path, trials=2)
+    sweep.start = start  # type: ignore[method-assign]
+    assert sweep.runner().run()  # the control: the same rows
+    sweep.trials, Saves.rows = 4, "40 rows, xyz"
+    with pytest.raises(ConfigError, match=r"Trial 2 does not compare: it had other rows than"):
+        sweep.runner().run()
+    assert [x.state for x in sweep.search().trials] == [COMPLETE, COMPLETE, FAIL]
+
+
+def test_weights_that_were_to_be_kept_are_kept(tmp_path: Path) -> None:
+    sweep = Sweep(tmp_path, trials=3)
+    assert sweep.runner(keep_all=True).run()
+    sweep.trials = 6
+    assert sweep.runner().run()  # without --keep_all
+    search = sweep.search()
+    kept = [x.number for x in search.trials if (trial_folder(tmp_path, x.number) / "best").exists()]
+    assert search.best is not None and kept == sorted({0, 1, 2, search.best.number})
+
+
+def test_a_score_of_the_other_direction_ends_the_sweep(tmp_path: Path) -> None:
+    class Mse(FakeTrial):
+        def poll(self) -> int | None:
+            done = len(read_evaluations(self.run))
+            line = {"kind": "eval", "step": done, "epoch": done, "loss": 0.5, "mse": 0.1}
+            with open(self.run / "metrics.jsonl", "a") as file:  # of hub:mse
+                file.write(json.dumps(line) + "\n")
+            return 75 if self.stopped else None
+
+    def start(number: int, values: Mapping[str, Any], slot: int) -> FakeTrial:
+        return Mse(trial_folder(tmp_path, number), values, None)
+
+    sweep = Sweep(tmp_path, trials=2)
+    sweep.start = start  # type: ignore[method-assign]
+    with pytest.raises(ConfigError, match="lower is better; give --metric_for_best_model mse"):
         sweep.runner().run()
 
 

@@ -19,7 +19,7 @@ from bertdist.core.errors import ConfigError
 from bertdist.train import train
 from bertdist.training import trackers
 from bertdist.training.run_logger import Hooks
-from bertdist.training.trackers import Trackers, flat_settings, tracked_run
+from bertdist.training.trackers import Trackers, flat_settings, tracked_run, without_secrets
 from tests.rows import words_of, write_split
 
 VARIABLES = ("WANDB_PROJECT", "WANDB_NAME", "WANDB_RUN_ID", "MLFLOW_EXPERIMENT_NAME")
@@ -307,6 +307,19 @@ def test_settings_are_flat_plain_and_without_secrets(tmp_path: Path) -> None:
     assert "warmup_steps" not in found or found["warmup_steps"] is not None
     assert {type(value) for value in found.values()} <= {bool, int, float, str}
     assert "word" not in str(found) and "sig=1" not in str(found)
+
+
+@pytest.mark.parametrize(
+    "url, shown",
+    [
+        ("https://me:p@ss@host/a.csv?sig=1", "https://host/a.csv"),
+        ("https://host/a.csv#access_token=secret", "https://host/a.csv"),
+        ("https://me:pa#ss@host/a", "https://host/a"),
+        ("hf://datasets/a/b@main/t.csv", "hf://datasets/a/b@main/t.csv"),
+    ],
+)
+def test_no_part_of_a_password_is_sent(url: str, shown: str) -> None:
+    assert without_secrets(f"see {url} and x") == f"see {shown} and x"
 
 
 def test_names_follow_flags_then_variables_then_the_folder(
