@@ -39,7 +39,7 @@ def _show_scores(comparison: Comparison, split: SplitComparison) -> None:
         return
     title = f"Scores on the same {split.rows:,} {split.name} rows"
     if len(names) == 2:
-        header = ["score", *names, "difference", "95% interval", "P(2nd better)"]
+        header = ["score", *names, "difference", "95% interval", f"{names[1]} better"]
         rows = [
             [each.name, *map(shown, each.values), *_cells(split.differences[each.name][0])]
             for each in split.scores

@@ -157,6 +157,11 @@ def describe_folder(folder: Path) -> str:
     """What a folder is that is not a run's."""
     if (folder / "folds").is_dir():
         return f"a cross-validation: name the run of a fold, such as {folder / 'folds' / '0'}"
+    if (folder / "seeds").is_dir():
+        return f"runs of several seeds: name these, as in bertdist report {folder / 'seeds' / '*'}"
+    if (folder / "trials").is_dir():
+        page, trials = folder / "report.html", folder / "trials" / "*"
+        return f"a sweep, whose page is {page}: name trials, as in bertdist report {trials}"
     if is_run_folder(folder.parent):
         return f"a part of the run in {folder.parent}: name that folder"
     if (folder / "config.json").is_file():

@@ -306,6 +306,8 @@ def test_a_setting_that_an_earlier_version_did_not_write_has_its_default(tmp_pat
     assert found.settings == ()
     found = comparison_of(tmp_path / "2", {}, {"config": written | {"weight_decay": 0.1}})
     assert [(x.name, x.values) for x in found.settings] == [("weight_decay", ("0.01", "0.1"))]
+    found = comparison_of(tmp_path / "3", {}, {"config": written | {"freeze": ["embeddings", "2"]}})
+    assert [x.values for x in found.settings] == [("not set", "embeddings, 2")]
 
 
 def test_settings_without_effect_exist() -> None:

@@ -101,3 +101,17 @@ def test_folders_that_are_no_finished_run(tmp_path: Path) -> None:
         "The run in T/out has not finished (preempted, step 7): start it again with the same "
         "command, which resumes it."
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("folds", "is a cross-validation: name the run of a fold, such as"),
+        ("seeds", "is runs of several seeds: name these, as in bertdist report"),
+        ("trials", "is a sweep, whose page is"),
+    ],
+)
+def test_a_folder_of_several_runs_is_named_as_that(name: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).mkdir()
+    with pytest.raises(ConfigError, match=message):
+        read_run(tmp_path)
