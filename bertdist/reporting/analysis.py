@@ -182,10 +182,14 @@ def binary_counts(rows: ScoredRows) -> Array:
 def mislabelled(rows: ScoredRows) -> Array:
     """(N,) bool: rows that look mislabelled, by confident learning: the probability of another
     label is at least the mean of that label's own rows. https://arxiv.org/abs/1911.00068
+
+    Of several labels per text each is judged by itself, as given or not given. None for numbers.
     """
-    known = rows.truth >= 0
-    if rows.is_regression or rows.is_multi_label or not len(rows):
+    if rows.is_regression or not len(rows):
         return np.zeros(len(rows), bool)
+    if rows.is_multi_label:
+        return _wrongly_given_or_missing(rows).any(1)
+    known = rows.truth >= 0
     truth = np.where(known, rows.truth, 0)
     own = rows.probabilities[np.arange(len(rows)), truth].astype(np.float64)
     counts = np.bincount(truth[known], minlength=len(rows.labels))
@@ -194,6 +198,21 @@ def mislabelled(rows: ScoredRows) -> Array:
     # A tuned threshold may give the less probable one of two labels.
     answered = rows.probabilities[np.arange(len(rows)), rows.predicted]
     found: Array = known & (rows.predicted != truth) & (answered >= threshold[rows.predicted])
+    return found
+
+
+def _wrongly_given_or_missing(rows: ScoredRows) -> Array:
+    """(N, L) bool: answers that differ from the truth with at least the probability that rows of
+    that answer have on average.
+    """
+    found = np.zeros(rows.truth.shape, bool)
+    for label in range(len(rows.labels)):
+        given, answered = rows.truth[:, label], rows.predicted[:, label]
+        sure = rows.probabilities[:, label].astype(np.float64)
+        for truth, present in ((given, sure), (~given, 1 - sure)):
+            if truth.any():  # else nothing is known of such rows
+                contradicted = ~truth & (answered == given[truth][0])
+                found[:, label] |= contradicted & (present >= present[truth].mean())
     return found
 
 

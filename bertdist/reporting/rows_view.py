@@ -175,7 +175,10 @@ def _answers(
     if rows.is_regression:
         answers.append(_biased(id, rows))
     if confusion is not None:
-        answers.append(_mislabelled(id, rows, confusion, issues))
+        wrong = 1 - float(np.trace(confusion)) / max(1, int(confusion.sum()))
+        answers.append(_mislabelled(id, rows, wrong, issues))
+    elif rows.is_multi_label:
+        answers.append(_mislabelled(id, rows, _wrong(rows) / max(1, len(rows)), issues))
     if rows.truncated.any():
         share = float(rows.truncated.mean())
         answers.append(
@@ -190,22 +193,27 @@ def _answers(
     return answers
 
 
-def _mislabelled(id: str, rows: ScoredRows, confusion: Array, issues: int) -> Answer:
+def _mislabelled(id: str, rows: ScoredRows, wrong: float, issues: int) -> Answer:
+    """wrong: share of the rows with a wrong answer."""
     question, link = "Which rows look mislabelled?", f"{id}-mistakes"
     if not issues:
         return Answer(question, "None", "", "", link, "The surest mistakes")
     if issues > MOST_ISSUES * len(rows):
-        wrong = 1 - np.trace(confusion) / max(1, confusion.sum())
         more = (
             f"It contradicts the labels of {_rows(issues)} with confidence, but it is wrong in "
-            f"{percent(float(wrong))} of all rows: most of them will be its own mistakes."
+            f"{percent(wrong)} of all rows: most of them will be its own mistakes."
         )
         short = "This model cannot tell"
         return Answer(question, short, more, "", link, "The surest ones come first")
     short = f"{_rows(issues)} look mislabelled" if issues != 1 else "1 row looks mislabelled"
+    surer = (
+        "another label at least the probability that rows of that label have"
+        if not rows.is_multi_label
+        else "a label, or its absence, at least the probability that rows with, or without, it have"
+    )
     more = (
-        "The model gives another label at least the probability that rows of that label have on "
-        "average (confident learning). Read them before you change them."
+        f"The model gives {surer} on average (confident learning). Read them before you change "
+        "them."
     )
     return Answer(question, short, more, "", link, "Look at them")
 

@@ -163,7 +163,32 @@ def test_rows_that_look_mislabelled(tmp_path: Path) -> None:
     assert rows is not None
     found = analysis.mislabelled(rows)
     assert (found & changed).sum() >= 27 and (found & ~changed).sum() <= 3
-    assert not analysis.mislabelled(rows_of(tmp_path, "multi")).any()
+    assert not analysis.mislabelled(rows_of(tmp_path, "regression")).any()
+
+
+def test_of_several_labels_each_is_judged_by_itself(tmp_path: Path) -> None:
+    """A label that was left out, and one that was added; a naive count of all cells agrees."""
+    given = random_rows(600, LABELS, "multi", sure=9.0)
+    truth = given.dataset.targets
+    left_out, added = np.flatnonzero(truth[:, 0] == 1)[:5], np.flatnonzero(truth[:, 3] == 0)[:5]
+    truth[left_out, 0], truth[added, 3] = 0, 1
+    rows = read_run(write_run(tmp_path / "out", given)).validation
+    assert rows is not None
+    found, changed = analysis.mislabelled(rows), np.zeros(600, bool)
+    changed[[*left_out, *added]] = True
+    assert (found & changed).sum() >= 8 and (found & ~changed).sum() <= 30
+    expected = np.zeros(600, bool)
+    for label in range(len(LABELS)):
+        p, true = rows.probabilities[:, label].astype(float), rows.truth[:, label]
+        for row in range(600):
+            other = p if not true[row] else 1 - p  # of what the row is not
+            like = other[true != true[row]].mean()
+            expected[row] |= (p[row] > 0.5) != true[row] and other[row] >= like
+    assert (found == expected).all()
+    alone = random_rows(20, LABELS, "multi")
+    alone.dataset.targets[:, 1] = 0  # no row has it: nothing is known of such rows
+    none = read_run(write_run(tmp_path / "none", alone)).validation
+    assert none is not None and not analysis._wrongly_given_or_missing(none)[:, 1].any()
 
 
 def test_labels_are_doubted_by_the_probability_of_the_answer(tmp_path: Path) -> None:
