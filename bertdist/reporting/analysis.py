@@ -188,7 +188,8 @@ def mislabelled(rows: ScoredRows) -> Array:
     if rows.is_regression or not len(rows):
         return np.zeros(len(rows), bool)
     if rows.is_multi_label:
-        return _wrongly_given_or_missing(rows).any(1)
+        of_any: Array = np.logical_or.reduce(_wrongly_given_or_missing(rows), axis=1)
+        return of_any
     known = rows.truth >= 0
     truth = np.where(known, rows.truth, 0)
     own = rows.probabilities[np.arange(len(rows)), truth].astype(np.float64)
