@@ -42,7 +42,11 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
         folder = tmp_path_factory.mktemp("model")
         with torch.random.fork_rng():
             torch.manual_seed(1)
-            AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+            model = AutoModelForSequenceClassification.from_config(config)
+            for name, weight in model.named_parameters():
+                if name.endswith("bias"):  # which begin as 0
+                    torch.nn.init.normal_(weight)
+            model.save_pretrained(folder)
         return folder
 
     return made
