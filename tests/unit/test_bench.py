@@ -260,6 +260,8 @@ def test_predictions_in_bf16_are_compared_with_float32(
         words[0]: words for words in ([w.strip() for w in one[2:-2].split("|")] for one in lines)
     }
     assert cells["bertdist.predict, float32"][-2:] == ["", ""]  # what the others are compared with
+    (record,) = json.loads((tmp_path / "page.json").read_text()).values()
+    assert record["bars"][0][0] == "bertdist.predict"  # what the overview compares with
     furthest = float(cells["bertdist.predict"][-1])
     assert 1e-6 < furthest < 0.05  # the two are of different precisions
 
