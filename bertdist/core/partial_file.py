@@ -52,7 +52,12 @@ class PartialFile:
     def __enter__(self) -> "PartialFile":
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
+        """The state gets the error that ended it, which the same command would meet again."""
+        if self._is_saved and isinstance(error, BertdistError):
+            with contextlib.suppress(BertdistError, OSError), self._explained(self.path, 0):
+                state = read_json_object(self._state_path)
+                atomic_write(self._state_path, json.dumps({**state, "error": str(error)}).encode())
         self.close()
 
     def _open(self) -> IO[bytes]:

@@ -19,7 +19,8 @@ from rows import EVERY_FAULT, make_rows, write_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "accelerate_configs"
-SCRIPTS = [ROOT / "launch" / name for name in ("train.slurm", "multi_node.slurm", "smoke.sh")]
+SCRIPT_NAMES = ("train.slurm", "multi_node.slurm", "smoke.sh", "predict.slurm", "sweep.slurm")
+SCRIPTS = [ROOT / "launch" / name for name in SCRIPT_NAMES]
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
 SECONDS = 300  # each of these takes 5 on an idle machine
 OURS = (
@@ -242,6 +243,7 @@ COMMANDS = {
             status='{"state": "'$FAKE_STATE'", "step": '${FAKE_STEP:-10}'}'
             echo "$status" >"$FAKE/out/status.json"
         fi
+        if [[ ${FAKE_PARTIAL:-} ]]; then echo "$FAKE_PARTIAL" >"$FAKE/partial.json"; fi
         exit ${FAKE_CODE:-0}""",
     "scancel": 'echo "$*" >>"$FAKE/scancel"',
     "scontrol": """
@@ -255,6 +257,9 @@ COMMANDS = {
     # reading the config takes seconds: one test does it
     "python": """
         if [[ $2 == *read_config* && ! ${FAKE_READ:-} ]]; then echo "$FAKE/out"; exit; fi
+        if [[ $2 == *read_predict_config* && ! ${FAKE_READ:-} ]]; then
+            echo "$FAKE/partial.json"; exit
+        fi
         exec "$REAL_PYTHON" "$@" """,
 }
 
@@ -481,6 +486,111 @@ def test_a_job_without_bertdist_ends_before_it_launches(slurm: FakeSlurm, tmp_pa
     out, _ = run.communicate(timeout=SECONDS)
     assert (run.returncode, slurm.record("accelerate")) == (1, "")
     assert f"bertdist is not installed, and {tmp_path} is not its repository." in out
+
+
+# --- predict.slurm, in the same way; its state is that of the unfinished output
+
+
+def partial_state(rows: int, command: str = "this", error: str = "") -> str:
+    """As bertdist/core/partial_file.py writes it; 0 rows: nothing was saved."""
+    state = {
+        "key": {"input": command},
+        "bytes": 9 * rows,
+        "state": {"rows": rows} if rows else None,
+    }
+    return json.dumps({**state, "error": error} if error else state)
+
+
+# name, before the attempt, after it, the job's environment -> requeued, and the line that says why not
+AT_10 = partial_state(10)
+PREDICTIONS = [
+    ("begun", None, AT_10, {}, True, ""),
+    ("continued", AT_10, partial_state(20), {}, True, ""),
+    ("no progress", AT_10, AT_10, {}, False, "no progress since row 10: not requeued"),
+    ("nothing saved", None, partial_state(0), {}, False, "no progress since row 0: not requeued"),
+    ("no output", None, None, {}, False, "no progress since row 0: not requeued"),
+    ("another before", partial_state(90, "another"), AT_10, {}, True, ""),
+    ("bad row", None, partial_state(10, error="rows.csv line 7"), {}, False, "the same error"),
+    ("100th", None, AT_10, {"SLURM_RESTART_COUNT": "99"}, True, ""),
+    ("101st", None, AT_10, {"SLURM_RESTART_COUNT": "100"}, False, "restarted 100 times"),
+    (
+        "limit",
+        None,
+        AT_10,
+        {"SLURM_RESTART_COUNT": "2", "MAX_RESTARTS": "2"},
+        False,
+        "2 times (MAX_",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "job", "requeued", "said"),
+    [pytest.param(*case, id=name) for name, *case in PREDICTIONS],
+)
+def test_a_prediction_is_requeued_only_if_it_made_progress(
+    slurm: FakeSlurm,
+    before: str | None,
+    after: str | None,
+    job: dict[str, str],
+    requeued: bool,
+    said: str,
+) -> None:
+    if before is not None:
+        (slurm.folder / "partial.json").write_text(before)
+    run = slurm.job("predict.slurm", FAKE_CODE="1", FAKE_PARTIAL=after or "", **job)
+    out, _ = run.communicate(timeout=SECONDS)
+    assert (run.returncode, slurm.record("requeue")) == (
+        0 if requeued else 1,
+        "123456\n" if requeued else "",
+    ), out
+    assert said in out
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM], ids=str)
+def test_a_prediction_forwards_signals(slurm: FakeSlurm, number: signal.Signals) -> None:
+    """As train.slurm does; requeued after USR1 alone. Of an array its own task."""
+    run = slurm.job(
+        "predict.slurm",
+        FAKE_WAITS="yes",
+        FAKE_CODE="1",
+        FAKE_PARTIAL=partial_state(10),
+        SLURM_ARRAY_JOB_ID="123456",
+        SLURM_ARRAY_TASK_ID="3",
+    )
+    deadline = time.monotonic() + SECONDS
+    while not (slurm.folder / "waits").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    run.send_signal(number)
+    out, _ = run.communicate(timeout=SECONDS)
+    assert slurm.record("scancel").splitlines()[0] == "--signal=USR1 123456_3", out
+    is_usr1 = number == signal.SIGUSR1
+    assert slurm.record("requeue") == ("123456_3\n" if is_usr1 else ""), out
+
+
+def test_a_prediction_launches_all_nodes_and_ends(slurm: FakeSlurm, tmp_path: Path) -> None:
+    job = {"SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "4"}
+    out, _ = (run := slurm.job("predict.slurm", "--top_k", "all", **job)).communicate(
+        timeout=SECONDS
+    )
+    assert (run.returncode, slurm.record("requeue")) == (0, ""), out
+    words = "launch --machine_rank 0 --config_file accelerate_configs/multi_node.yaml"
+    words += " --num_machines 2 --num_processes 8 --main_process_ip node7 --main_process_port 23456"
+    assert slurm.record("accelerate") == f"{words} bertdist/predict.py --top_k all\n"
+    slurm.job("predict.slurm", cwd=tmp_path).communicate(timeout=SECONDS)
+    assert slurm.record("accelerate").endswith("-m bertdist.predict\n"), "an installed package"
+
+
+def test_a_prediction_to_standard_output_ends_before_it_launches(slurm: FakeSlurm) -> None:
+    words = ["--model", "out", "--input", "rows.csv"]
+    out, _ = (run := slurm.job("predict.slurm", *words, FAKE_READ="yes")).communicate(
+        timeout=SECONDS
+    )
+    assert (run.returncode, slurm.record("accelerate")) == (1, ""), out
+    assert out == (
+        "bertdist: launch/predict.slurm needs --input and --output: a file, which can be "
+        "continued.\n"
+    )
 
 
 # --- the smoke run

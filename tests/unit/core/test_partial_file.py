@@ -11,7 +11,7 @@ from typing import IO
 import pytest
 
 from bertdist.core.atomic_io import partial_path
-from bertdist.core.errors import CheckpointError
+from bertdist.core.errors import CheckpointError, DataError
 from bertdist.core.partial_file import (
     InPlaceFile,
     OutputClosed,
@@ -98,6 +98,22 @@ def test_nothing_is_left_where_nothing_was_saved(tmp_path: Path) -> None:
         file.save({"row": 1})
         raise ValueError
     assert names(tmp_path) == [".out.csv.partial", ".out.csv.partial.json"], "the control"
+
+
+@pytest.mark.parametrize("error", [DataError("rows.csv line 7"), RuntimeError("a rank is gone")])
+def test_the_state_has_the_error_that_would_come_again(tmp_path: Path, error: Exception) -> None:
+    """launch/predict.slurm reads it: the job is not requeued. Others end with the rank or node."""
+    target = tmp_path / "out.csv"
+    with pytest.raises(type(error)), PartialFile(target, KEY) as file:
+        file.append(b"one,")
+        file.save({"row": 1})
+        raise error
+    state = json.loads(partial_paths(target)[1].read_text())
+    assert state.get("error") == ("rows.csv line 7" if isinstance(error, DataError) else None)
+    with PartialFile(target, KEY) as file:
+        assert file.saved == {"row": 1}
+        file.save({"row": 2})
+        assert "error" not in json.loads(partial_paths(target)[1].read_text())
 
 
 def test_a_stranger_is_never_replaced(tmp_path: Path) -> None:
