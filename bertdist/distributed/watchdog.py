@@ -8,7 +8,9 @@
    computes, however long, makes progress.
 2. A rank without progress reads the heartbeats of the others. A rank is dead if its process is gone
    (same machine) or its heartbeat has stopped (another machine). If no rank makes progress for
-   --rank_timeout, a collective hangs: every rank writes its stacks and exits.
+   --rank_timeout, a collective hangs: every rank writes its stacks and exits. A shared disk may
+   take seconds per file, hang for a minute, and show another machine's files a minute late
+   (`silence_limit`); clocks of two machines are never compared.
 3. A rank that ends with an error writes it into its last heartbeat, so that the others can say why
    their connections broke.
 4. The first rank that knows the reason reports it (`HeartbeatFiles.report_once`) and prints it:
@@ -26,6 +28,8 @@ import socket
 import sys
 import threading
 import time
+import uuid
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -41,10 +45,18 @@ from bertdist.core.atomic_io import atomic_write, to_json
 from bertdist.core.config import RunConfig
 from bertdist.core.errors import BertdistError, DataError, RankLost
 from bertdist.core.terminal import print_error
-from bertdist.distributed.collectives import NO_TIMEOUT, raise_on_all_ranks
+from bertdist.distributed.collectives import (
+    NO_TIMEOUT,
+    broadcast_from_rank0,
+    raise_on_all_ranks,
+)
 
 HEARTBEAT_BYTES = 1024  # one write of constant size in place, which works on a full disk too
 HEARTBEAT_SECONDS = 5.0  # or a tenth of --rank_timeout
+# A network disk may hang for a minute, and show another machine's files a minute late (NFS caches
+# attributes for up to 60 s).
+SLOW_DISK_SECONDS = 150.0
+READERS = 32  # heartbeats that are read at the same time: each may take seconds
 PROGRESS_CPU_SHARE = 0.02  # a thread that computes for this share of the time is not waiting
 STDERR = 2  # faulthandler needs the file descriptor
 
@@ -60,8 +72,9 @@ class Heartbeat:
 
     rank: int
     pid: int
-    process_start: float  # tells the process from a later one with the same pid
+    process_start: float  # seconds after boot; tells the process from a later one with the same pid
     host: str
+    run: str = ""  # which start of the run: a disk may show files of an earlier one for a while
     step: int = 0
     location: str = "starting"  # innermost function of this package in the main thread
     idle_seconds: float = 0.0  # for which the main thread has made no progress
@@ -71,7 +84,8 @@ class Heartbeat:
 
     @property
     def name(self) -> str:
-        return f"rank {self.rank} (process {self.pid} on {self.host.split(' ')[0]})"
+        where = f" (process {self.pid} on {self.host.split(' ')[0]})"
+        return f"rank {self.rank}{where if self.pid else ''}"
 
 
 @dataclass(frozen=True)
@@ -86,9 +100,12 @@ class FailureReport:
 class HeartbeatFiles:
     """The files of one run, seen from one rank. A failed write is skipped: it ends no run."""
 
-    def __init__(self, run_folder: Path, rank: int, num_ranks: int) -> None:
+    def __init__(self, run_folder: Path, rank: int, num_ranks: int, run: str = "") -> None:
+        """run: the same text on all ranks, another one in each start."""
         self.run_folder, self.folder, self.num_ranks = run_folder, run_folder / ".ranks", num_ranks
-        self.own = own_heartbeat(rank)
+        self.own = replace(own_heartbeat(rank), run=run)
+        others = (x for x in range(num_ranks) if x != rank)
+        self._last_seen = {x: Heartbeat(rank=x, pid=0, process_start=0.0, host="") for x in others}
         self._unchanged: dict[int, tuple[int, float]] = {}  # rank -> (count, seconds since then)
 
     def clear(self) -> None:
@@ -120,14 +137,20 @@ class HeartbeatFiles:
             self.folder.rmdir()
 
     def others(self) -> list[Heartbeat]:
-        """The heartbeats of the other ranks, without those that are missing or half written."""
-        heartbeats = []
-        for rank in range(self.num_ranks):
-            path = self.folder / f"rank_{rank}.json"
-            if rank != self.own.rank:
-                with suppress(OSError, ValueError, TypeError):
-                    heartbeats.append(Heartbeat(**json.loads(path.read_bytes())))
-        return heartbeats
+        """The heartbeats of the other ranks as last seen; of pid 0, where none was seen yet."""
+        if self._last_seen:
+            with ThreadPoolExecutor(min(READERS, len(self._last_seen))) as pool:
+                for heartbeat in pool.map(self._read, self._last_seen):
+                    if heartbeat is not None:
+                        self._last_seen[heartbeat.rank] = heartbeat
+        return list(self._last_seen.values())
+
+    def _read(self, rank: int) -> Heartbeat | None:
+        """None for one that is missing, half written or of an earlier start of the run."""
+        with suppress(OSError, ValueError, TypeError):
+            heartbeat = Heartbeat(**json.loads(read_bytes(self.folder / f"rank_{rank}.json")))
+            return heartbeat if heartbeat.run == self.own.run else None
+        return None
 
     def observe(self, others: list[Heartbeat], seconds: float) -> None:
         """Note which heartbeats have not changed in the `seconds` since the last call.
@@ -146,8 +169,10 @@ class HeartbeatFiles:
         """Ranks that ended with an error, whose process is gone, or silent on another machine."""
 
         def is_dead(x: Heartbeat) -> bool:
+            if not x.pid:
+                return False
             if x.final_error or x.host != self.own.host:
-                return bool(x.final_error) or self.seconds_since_heartbeat(x) > max_silence
+                return bool(x.final_error) or self.seconds_since_heartbeat(x) >= max_silence
             return not is_alive(x.pid, x.process_start)
 
         return [x for x in others if is_dead(x)]
@@ -175,17 +200,23 @@ class HeartbeatFiles:
     def failure_report(self) -> FailureReport | None:
         """Why the run ends, if a rank has reported it."""
         with suppress(OSError, ValueError, KeyError, TypeError):
-            report = json.loads((self.folder / "failure.json").read_text(encoding="utf-8"))
-            return FailureReport(report["kind"], report["text"], False)
+            report = json.loads(read_bytes(self.folder / "failure.json"))
+            if report["run"] == self.own.run:
+                return FailureReport(report["kind"], report["text"], False)
         return None
 
     def report_once(self, kind: str, text: str) -> FailureReport:
         """Report why the run ends, or return what another rank has reported before."""
         draft = self.folder / f".failure_{self.own.rank}"
         try:
-            draft.write_text(json.dumps({"kind": kind, "text": text}), encoding="utf-8")
+            report = {"run": self.own.run, "kind": kind, "text": text}
+            draft.write_text(json.dumps(report), encoding="utf-8")
             os.link(draft, self.folder / "failure.json")  # complete, and by one rank only
         except FileExistsError:
+            # NFS repeats a request whose answer was lost: then it is this rank's own link.
+            with suppress(OSError):
+                if draft.stat().st_nlink > 1:
+                    return FailureReport(kind, text, True)
             return self.failure_report() or FailureReport(kind, text, False)
         except OSError:
             pass  # the ranks cannot agree, so each of them prints
@@ -203,15 +234,18 @@ class StepCounter(Protocol):
 class Watchdog:
     """Watches one rank and, while that waits, the other ranks."""
 
-    def __init__(self, folder: Path, accelerator: Accelerator, timeout: float) -> None:
+    def __init__(
+        self, folder: Path, accelerator: Accelerator, timeout: float, run: str = ""
+    ) -> None:
         """folder: of the run; rank 0 removes the heartbeats of an earlier run from it.
 
-        timeout: --rank_timeout, seconds. The ranks must synchronize between this and `__enter__`.
+        timeout: --rank_timeout, seconds. run: as in `HeartbeatFiles`. The ranks must synchronize
+        between this and `__enter__`.
         """
-        self.folder, self.timeout = folder, timeout
+        self.folder, self.timeout, self.silence_limit = folder, timeout, silence_limit(timeout)
         self.rank, self.num_ranks = accelerator.process_index, accelerator.num_processes
         self.cuda = accelerator.device.type == "cuda"
-        self.files = HeartbeatFiles(folder, self.rank, self.num_ranks)
+        self.files = HeartbeatFiles(folder, self.rank, self.num_ranks, run)
         self.progress: StepCounter | None = None  # the run's RunLogger, as soon as there is one
         self.interval = min(HEARTBEAT_SECONDS, timeout / 10)
         self._ended, self._stacks_written = threading.Event(), False
@@ -265,16 +299,19 @@ class Watchdog:
         previous = time.monotonic()
         while not self._ended.wait(self.interval):
             now = time.monotonic()
-            self._check_progress(now, now - previous)
-            self._write()
             # Its timer needs no interpreter: it shows the stack of a rank that never frees the GIL.
             with suppress(OSError, ValueError, RuntimeError):
                 faulthandler.dump_traceback_later(max(self.timeout, 1.0), file=STDERR)
-            if now - self._progress_at > 2 * self.interval:
-                # If this process was suspended itself, that time does not count.
-                elapsed = min(now - previous, 2 * self.interval)
-                self._check_others(now - self._progress_at, elapsed)
+            self._heartbeat(now, now - previous)
             previous = now
+
+    def _heartbeat(self, now: float, elapsed: float) -> None:
+        """One heartbeat, `elapsed` seconds after the last, and a look at the others."""
+        self._check_progress(now, elapsed)
+        self._write()
+        if now - self._progress_at > 2 * self.interval:
+            # If this process was suspended or the disk hung, that time does not count.
+            self._check_others(now - self._progress_at, min(elapsed, 2 * self.interval))
 
     def _check_progress(self, now: float, elapsed: float) -> None:
         """Note whether the main thread has made progress since the last heartbeat."""
@@ -314,14 +351,15 @@ class Watchdog:
         self._dead_seconds = self._dead_seconds + elapsed if dead else 0.0
         if self._dead_seconds > 2 * self.interval:
             self._exit_process(self.files.report_once("lost", self.files.describe_dead(dead)))
+        if dead:
+            return
         silence = {x.rank: self.files.seconds_since_heartbeat(x) for x in others}
-        half = self.timeout / 2
-        alive = [x for x in others if x not in dead]
+        frozen = {rank for rank, seconds in silence.items() if seconds >= self.silence_limit}
+        # A heartbeat is seen late, so its rank may have moved on since: not before --rank_timeout.
         if idle >= self.timeout and all(
-            max(x.idle_seconds, silence[x.rank]) >= half for x in alive
+            x.idle_seconds >= self.timeout or x.rank in frozen for x in others
         ):
             ranks = sorted([self.files.own, *others], key=lambda x: x.rank)
-            frozen = {rank for rank, seconds in silence.items() if seconds >= half}
             where = "; ".join(
                 f"rank {x.rank} in {x.location}{' (no heartbeat)' * (x.rank in frozen)}"
                 for x in ranks[:8]
@@ -334,7 +372,7 @@ class Watchdog:
             self._exit_process(self.files.report_once("hang", text))
 
     def _dead(self, others: list[Heartbeat]) -> list[Heartbeat]:
-        return self.files.dead(others, self.timeout / 2)
+        return self.files.dead(others, self.silence_limit)
 
     def _exit_process(self, report: FailureReport) -> None:
         """End this process from the watchdog's thread: its main thread may never return."""
@@ -361,18 +399,22 @@ class Watchdog:
 
     def _explain_lost_connection(self, message: str) -> RankLost:
         """Find out, within a few heartbeats, which rank's end broke a connection."""
-        deadline = time.monotonic() + 3 * self.interval + 2
+        deadline, first_seen = time.monotonic() + 3 * self.interval + 2, dict[int, int]()
         while (report := self.files.failure_report()) is None:
             others = self.files.others()
+            for x in others:
+                first_seen.setdefault(x.rank, x.count)
             if dead := self._dead(others):
                 report = self.files.report_once("lost", self.files.describe_dead(dead))
                 break
             if time.monotonic() > deadline:
                 remote = [x for x in others if x.host != self.files.own.host]
-                names = ", ".join(f"{x.name}, after step {x.step}" for x in remote)
+                silent = [x for x in remote if x.count == first_seen[x.rank]]
+                names = ", ".join(f"{x.name}, after step {x.step}" for x in silent or remote)
+                which = "without a heartbeat since then" if silent else "on other machines"
                 text = (
                     f"The connection to another rank is broken ({message}). The ranks on this "
-                    f"machine are alive; on other machines: {names or 'none'}. "
+                    f"machine are alive; {which}: {names or 'none'}. "
                     f"{self.files.resume_hint()}"
                 )
                 report = self.files.report_once("lost", text)
@@ -396,8 +438,9 @@ class Watchdog:
 
 def open_watchdog(folder: Path, accelerator: Accelerator, run: RunConfig) -> Watchdog:
     """A Watchdog; the ranks synchronize after it is made, so rank 0 has cleared the folder."""
+    start = broadcast_from_rank0(accelerator, uuid.uuid4().hex[:8])
     with raise_on_all_ranks(accelerator):
-        return Watchdog(folder, accelerator, run.rank_timeout)
+        return Watchdog(folder, accelerator, run.rank_timeout, start)
 
 
 def loader_worker_error(error: BaseException) -> DataError | None:
@@ -450,10 +493,29 @@ def _summary(error: BaseException) -> str:
     return f"{name}: {text.splitlines()[0]}" if text else name
 
 
+def silence_limit(timeout: float) -> float:
+    """Seconds without a heartbeat after which a rank on another machine is dead.
+
+    timeout: --rank_timeout. Half of it, but not so soon that a slow disk is taken for a dead rank.
+    """
+    return max(timeout / 2, min(timeout, SLOW_DISK_SECONDS))
+
+
+def read_bytes(path: Path) -> bytes:
+    """A file of another rank; tests put a slow disk in its place."""
+    return path.read_bytes()
+
+
 def own_heartbeat(rank: int) -> Heartbeat:
     """The first heartbeat of this process."""
-    start = psutil.Process().create_time()
-    return Heartbeat(rank=rank, pid=os.getpid(), process_start=start, host=this_host())
+    return Heartbeat(
+        rank=rank, pid=os.getpid(), process_start=start_of(psutil.Process()), host=this_host()
+    )
+
+
+def start_of(process: psutil.Process) -> float:
+    """Seconds from boot to a process's start: create_time() alone moves when the clock is set."""
+    return float(process.create_time() - psutil.boot_time())
 
 
 def is_alive(pid: int, process_start: float) -> bool:
@@ -461,14 +523,17 @@ def is_alive(pid: int, process_start: float) -> bool:
     try:
         process = psutil.Process(pid)
         ended = process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
-        return abs(process.create_time() - process_start) < 1 and not ended
+        return abs(start_of(process) - process_start) < 1 and not ended
     except psutil.Error:
         return False
 
 
 def this_host() -> str:
-    """The machine and its pid namespace: a container numbers its processes itself."""
-    try:
-        return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return socket.gethostname()
+    """The machine and its pid namespace: a container numbers its processes itself, and machines
+    may share a name.
+    """
+    words = [socket.gethostname()]
+    with suppress(OSError):
+        words.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+        words.append(os.readlink("/proc/self/ns/pid"))
+    return " ".join(words)

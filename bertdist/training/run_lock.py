@@ -229,8 +229,13 @@ def _acquire(folder: Path, messages: list[str]) -> FileLock | None:
             reason = getattr(error, "strerror", None) or error
             messages.append(f"{folder} cannot be locked ({reason}): start no second run in it.")
             return None
-    if (owner := read_owner(folder)) is not None:
-        messages.append(f"Previous run ({_describe(owner)}) did not end cleanly; lock taken over.")
+    owner = read_owner(folder)
+    with suppress(OSError):  # a network disk may show it for a while after its removal
+        (folder / OWNER).unlink()
+        if owner is not None:
+            messages.append(
+                f"Previous run ({_describe(owner)}) did not end cleanly; lock taken over."
+            )
     now = time.strftime("%Y-%m-%d %H:%M:%S %z")
     owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": now}
     try:

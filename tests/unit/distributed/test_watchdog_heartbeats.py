@@ -9,7 +9,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from bertdist.distributed.watchdog import HEARTBEAT_BYTES, HeartbeatFiles, is_alive, this_host
+from bertdist.distributed.watchdog import (
+    HEARTBEAT_BYTES,
+    HeartbeatFiles,
+    is_alive,
+    start_of,
+    this_host,
+)
 
 
 @pytest.fixture
@@ -19,7 +25,8 @@ def two(tmp_path: Path) -> tuple[HeartbeatFiles, HeartbeatFiles]:
 
 def test_a_beat_is_read_by_the_others(two: tuple[HeartbeatFiles, HeartbeatFiles]) -> None:
     first, second = two
-    assert first.others() == []
+    (none_yet,) = first.others()
+    assert (none_yet.name, none_yet.pid, first.dead([none_yet], 0)) == ("rank 1", 0, [])
     second.write(step=7, location="train.train, line 1")
     (beat,) = first.others()
     assert (beat.rank, beat.step, beat.location, beat.pid, beat.count) == (
@@ -42,10 +49,12 @@ def test_a_beat_keeps_its_size(two: tuple[HeartbeatFiles, HeartbeatFiles]) -> No
 
 
 def test_half_a_beat_is_none(two: tuple[HeartbeatFiles, HeartbeatFiles]) -> None:
-    two[1].write()
+    two[1].write(step=7)
+    (seen,) = two[0].others()
+    two[1].write(step=8)
     path = two[1].folder / "rank_1.json"
     path.write_bytes(path.read_bytes()[:50])
-    assert two[0].others() == []
+    assert two[0].others() == [seen] and seen.step == 7
 
 
 def test_a_beat_that_cannot_be_written_ends_nothing(tmp_path: Path) -> None:
@@ -55,7 +64,7 @@ def test_a_beat_that_cannot_be_written_ends_nothing(tmp_path: Path) -> None:
 
 def test_a_dead_process_is_gone_and_a_number_that_was_given_again_too() -> None:
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
-        born = psutil.Process(child.pid).create_time()
+        born = start_of(psutil.Process(child.pid))
         assert is_alive(child.pid, born) and not is_alive(child.pid, born - 100)
         child.kill()
         os.waitid(

@@ -95,6 +95,19 @@ def test_second_run_is_refused_with_the_owner_and_a_later_run_takes_over(tmp_pat
         assert messages == [], "a run that ended cleanly leaves no message"
 
 
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_removed_owner_that_a_network_disk_still_shows_is_no_killed_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_there: bool
+) -> None:
+    owner = {"host": "elsewhere", "pid": 7, "since": "then"}
+    monkeypatch.setattr(run_lock, "read_owner", lambda folder: owner)
+    if is_there:
+        (tmp_path / "checkpoints").mkdir()
+        (tmp_path / OWNER).write_text(json.dumps(owner))
+    with lock_run_folder(tmp_path, ONE) as messages:
+        assert len(messages) == is_there
+
+
 def test_without_a_lock_two_runs_share_a_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
