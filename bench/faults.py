@@ -2,13 +2,15 @@
 
     python -m bench.faults --trials 200 --seed 1
     python -m bench.faults --trials 30 --seed 1 --launcher accelerate        # or torchrun
+    python -m bench.faults --trials 40 --seed 1 --data mixture by_file       # streams of .gz files
 
 A trial is one SIGKILL at a random moment of a small run: of one rank, of all ranks, or of their
 launcher. Then the same command resumes. A run is killed up to three times, completes, and is
 compared with an uninterrupted one: every weight and optimizer tensor, every line of metrics.jsonl
 without measured times, loss and gradient norm of every step on every rank in hex (also of repeated
 steps), best weights and predictions. Dropout is on, the last step of an epoch is smaller, and
-evaluations, best weights and checkpoints come at different steps.
+evaluations, best weights and checkpoints come at different steps. With the data "mixture" and
+"by_file", every start of a run has another number of loader workers.
 
 Each rank is a real process with RANK and WORLD_SIZE in its environment and a gloo group over TCP,
 started by bench.attempts. The uninterrupted run is always forked: a launcher does not change the
@@ -19,6 +21,7 @@ identical.
 
 import argparse
 import contextlib
+import gzip
 import json
 import os
 import random
@@ -29,7 +32,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -53,6 +56,21 @@ CADENCES = {
     "train_batch_size": "8",
 }
 VICTIMS = ("one rank", "all ranks", "launcher")
+# What is trained on -> flags. Of .gz files: "mixture", of two globs by weights, every rank reading
+# all rows; "by_file", of one glob, each rank reading its own files.
+STREAM = {"streaming": "true", "stream_window": "16"}
+DATA: dict[str, dict[str, Any]] = {
+    "map": {"train_file": ["train.tsv"]},
+    "stream": {"train_file": ["train.tsv"], **STREAM},
+    "mixture": {
+        "train_file": ["small*.jsonl.gz", "part*.tsv.gz"],
+        "train_weights": ["1", "2"],
+        **STREAM,
+    },
+    "by_file": {"train_file": ["part*.tsv.gz"], "stream_sharding": "by_file", **STREAM},
+}
+USUAL_DATA = ("map", "stream")
+MAX_WORKERS = 2  # loader workers, where their number changes
 # ranks -> --tokens_per_micro_batch for about three micro-batches per step
 TOKENS_PER_MICRO_BATCH = {1: "50", 2: "30", 3: "24"}
 
@@ -61,7 +79,7 @@ TOKENS_PER_MICRO_BATCH = {1: "50", 2: "30", 3: "24"}
 class Scenario:
     """What runs, and which processes are killed."""
 
-    source: str  # "map" or "stream"
+    source: str  # one of DATA
     ranks: int
     micro_batches: str  # "one" or "three" per step
     victims: str = ""  # one of VICTIMS
@@ -94,19 +112,24 @@ class FaultTest:
         folder.mkdir(parents=True)
         write_model(folder / "model")
         write_rows(folder / "train.tsv", 38, 1)
+        for number, count in enumerate((13, 3, 7, 5, 9)):
+            write_rows(folder / f"part{number}.tsv.gz", count, 10 + number)
+        for number, count in enumerate((4, 3)):
+            write_rows(folder / f"small{number}.jsonl.gz", count, 20 + number)
         write_rows(folder / "dev.tsv", 12, 2)
 
-    def arguments(self, scenario: Scenario, out: Path) -> list[str]:
-        settings = {
+    def arguments(self, scenario: Scenario, out: Path, workers: int = 0) -> list[str]:
+        settings: dict[str, Any] = {
             **CADENCES,
+            **DATA[scenario.source],
             "model_name_or_path": self.folder / "model",
-            "train_file": self.folder / "train.tsv",
             "output_dir": out,
         }
+        settings["train_file"] = [self.folder / name for name in settings["train_file"]]
         settings |= {
             "validation_file": self.folder / "dev.tsv",
             "learning_rate": "1e-3",
-            "dataloader_num_workers": "0",
+            "dataloader_num_workers": workers,
             "use_cpu": "true",
         }
         settings |= {
@@ -115,9 +138,10 @@ class FaultTest:
             else TOKENS_PER_MICRO_BATCH[scenario.ranks],
             "rank_timeout": "20",
         }
-        if scenario.source == "stream":
-            settings |= {"streaming": "true", "stream_window": "16"}
-        return [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
+        words: list[str] = []
+        for name, value in settings.items():
+            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+        return words
 
     def uninterrupted(self, scenario: Scenario) -> Any:
         """`results_of` the uninterrupted run; it runs once."""
@@ -172,18 +196,24 @@ class FaultTest:
         out = self.folder / "killed"
         shutil.rmtree(out, ignore_errors=True)
         kills, end = 0, Attempt()
+        workers = [0]  # of each start
+        if scenario.source not in USUAL_DATA:
+            workers = rng.sample(range(MAX_WORKERS + 1), MAX_WORKERS + 1)
+
+        def start(kill: Kill | None = None) -> Attempt:
+            given = self.arguments(scenario, out, workers[kills % len(workers)])
+            return attempt(given, scenario.ranks, out, scenario.launcher, kill)
+
         while not end.succeeded and kills < max_kills:
             kill = self.random_kill(scenario, out, rng)
-            end = attempt(
-                self.arguments(scenario, out), scenario.ranks, out, scenario.launcher, kill
-            )
+            end = start(kill)
             if end.killed_at is None or state_of(out) == "finished":
                 break  # it ended before the kill
             kills += 1
             tally.before_first_step += not end.had_steps
             if scenario.victims == "one rank":
                 self.check_messages(scenario, out, kill, end, tally)
-        end = attempt(self.arguments(scenario, out), scenario.ranks, out, scenario.launcher)
+        end = start()
         result = results_of(out, scenario.ranks) if end.succeeded else None
         tally.kills, tally.runs = tally.kills + kills, tally.runs + 1
         tally.lost += kills if result is None else 0
@@ -302,16 +332,22 @@ def write_model(folder: Path) -> None:
 
 
 def write_rows(path: Path, count: int, seed: int) -> None:
-    """tsv rows of 2 to 20 words and a label."""
+    """Rows of 2 to 20 words and a label: .tsv or .jsonl, and .gz."""
     rng = random.Random(seed)
     rows = [
-        f"{' '.join(rng.choices(VOCABULARY, k=rng.randint(2, 20)))}\t{rng.choice(['no', 'yes'])}"
+        (" ".join(rng.choices(VOCABULARY, k=rng.randint(2, 20))), rng.choice(["no", "yes"]))
         for _ in range(count)
     ]
-    path.write_text("\n".join(["text\tlabel", *rows]) + "\n", encoding="utf-8")
+    lines = ["text\tlabel", *map("\t".join, rows)]
+    if ".jsonl" in path.name:
+        lines = [json.dumps({"text": text, "label": label}) for text, label in rows]
+    content = "".join(f"{line}\n" for line in lines).encode()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
 
 
-def scenarios(rng: random.Random, launcher: str = "forked") -> Iterator[Scenario]:
+def scenarios(
+    rng: random.Random, launcher: str = "forked", data: Sequence[str] = USUAL_DATA
+) -> Iterator[Scenario]:
     """All scenarios again and again, each round in another order.
 
     Launchers are slow, so there the micro-batches are drawn at random.
@@ -324,7 +360,7 @@ def scenarios(rng: random.Random, launcher: str = "forked") -> Iterator[Scenario
     )
     every = [
         Scenario(source, ranks, micro, victims, launcher)
-        for source in ("map", "stream")
+        for source in data
         for ranks in RANKS[launcher]
         for micro in (micro_batches if forked else ("",))
         for victims in (many if ranks > 1 else one)
@@ -395,6 +431,9 @@ def main() -> None:
     parser.add_argument(
         "--launcher", choices=LAUNCHERS, default="forked", help="What starts the ranks."
     )
+    parser.add_argument(
+        "--data", nargs="+", choices=DATA, default=USUAL_DATA, help="What is trained on."
+    )
     parser.add_argument("--output", type=Path, help="Write the table as JSON to this file.")
     args = parser.parse_args()
     os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
@@ -407,7 +446,7 @@ def main() -> None:
         contextlib.suppress(KeyboardInterrupt),
     ):
         faults = FaultTest(Path(name) / "stage")
-        for scenario in scenarios(rng, args.launcher):
+        for scenario in scenarios(rng, args.launcher, args.data):
             left = args.trials - sum(tally.kills for tally in tallies.values())
             if left <= 0:
                 break
