@@ -16,9 +16,10 @@ import json
 import math
 import os
 import shutil
+import struct
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 import xxhash
@@ -30,6 +31,9 @@ from bertdist.core.terminal import byte_size
 CHECKPOINT_FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 MANIFEST = "manifest.json"
 MODEL_CARD = "README.md"  # of best/; not in the manifest
+# Files of others are read: what is larger is damaged, or made to fill the memory.
+MAX_JSON_BYTES = 64 << 20
+MAX_HEADER_BYTES = 16 << 20  # of a safetensors file: about 150,000 tensors
 HIDDEN_SUFFIXES = (".partial", ".replaced", ".old")
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
@@ -158,7 +162,10 @@ def _remove_written(folder: Path, has_card: bool = False) -> Path | None:
 
 
 def find_damage(folder: Path, required: Iterable[str] = CHECKPOINT_FILES) -> str | None:
-    """Why a folder is not as its manifest says, or None. required: names that must be in it."""
+    """Why a folder is not as its manifest says, or None.
+
+    required: names that must be in it, of files and not of links to files elsewhere.
+    """
     if not folder.is_dir():
         return "there is no such folder"
     try:
@@ -167,9 +174,14 @@ def find_damage(folder: Path, required: Iterable[str] = CHECKPOINT_FILES) -> str
         return "manifest.json is missing"
     except _UNREADABLE:
         return "manifest.json cannot be read"
+    for name in expected:
+        if not _is_inside(name):
+            return f"manifest.json names {name!r}, which is not in this folder"
     for name in required:
         if name not in expected:
             return f"manifest.json does not name {name}"
+        if (folder / name).is_symlink():
+            return f"{name} is a symbolic link"
     for name, (size, digest) in expected.items():
         path = folder / name
         try:
@@ -184,6 +196,12 @@ def find_damage(folder: Path, required: Iterable[str] = CHECKPOINT_FILES) -> str
     return None
 
 
+def _is_inside(name: str) -> bool:
+    """Whether a name, such as `tokenizer/vocab.txt`, is of a file below the folder."""
+    path = PurePosixPath(name)
+    return "\0" not in name and not path.is_absolute() and ".." not in path.parts
+
+
 def _remove_if_empty(folder: Path) -> None:
     try:
         folder.rmdir()
@@ -194,7 +212,7 @@ def _remove_if_empty(folder: Path) -> None:
 
 def _read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
     """Name -> size and digest. Raises one of _UNREADABLE."""
-    files = json.loads((folder / MANIFEST).read_text())["files"]
+    files = read_json(folder / MANIFEST)["files"]
     return {name: (int(x["bytes"]), str(x["xxh3_128"])) for name, x in files.items()}
 
 
@@ -297,9 +315,37 @@ def to_json(value: Any, indent: int | None = None) -> bytes:
 def read_json_object(path: Path) -> dict[str, Any]:
     """A JSON file that holds an object; empty if there is none, or it is damaged."""
     with suppress(OSError, ValueError, RecursionError):
-        value = json.loads(path.read_bytes())
+        value = read_json(path)
         return value if isinstance(value, dict) else {}
     return {}
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file. Raises OSError, ValueError or RecursionError."""
+    if path.exists() and not path.is_file():  # reading a pipe would not end
+        raise ValueError("it is no file")
+    if (size := path.stat().st_size) > MAX_JSON_BYTES:
+        raise ValueError(f"it has {size:,} bytes")
+    return json.loads(path.read_bytes())
+
+
+def safetensors_problem(path: Path) -> str | None:
+    """Why a safetensors file cannot be one, by the size of its header; None if it may be.
+
+    The header is not parsed: safetensors checks the rest. Raises OSError.
+    """
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        head = file.read(8)
+    header = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
+    if header < 2:  # b"{}"
+        return f"{path.name} is no safetensors file: it has no header"
+    if header > min(size - 8, MAX_HEADER_BYTES):
+        return (
+            f"{path.name} is no safetensors file: its header would have {header:,} bytes, "
+            f"and the file has {size:,}"
+        )
+    return None
 
 
 def json_safe(value: Any) -> Any:

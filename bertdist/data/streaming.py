@@ -20,7 +20,7 @@ A reader state is {"epoch", "window": its number in the epoch, "rows": of the ep
 """
 
 import heapq
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, NamedTuple
@@ -64,6 +64,7 @@ from bertdist.distributed.collectives import (
     host_group,
     raise_on_all_ranks,
 )
+from bertdist.distributed.host_memory import free_host_bytes
 from bertdist.tasks.labels import LabelValue
 from bertdist.tasks.tasks import Task
 
@@ -216,7 +217,9 @@ class Stream:
             if self.source_weights:
                 counts = rows_per_source(self.source_weights, size, self.seed, epoch, number)
             reads = zip(readers, counts, strict=True)
-            parts = [records for reader, count in reads for records in reader.read(count)]
+            parts = self._within_memory(
+                records for reader, count in reads for records in reader.read(count)
+            )
             bad_rows = [row for reader in readers for row in reader.pop_bad_rows()]
             next_epoch: ReaderState = {**STREAM_START, "epoch": epoch + 1}
             if not parts:
@@ -235,6 +238,20 @@ class Stream:
             if ended:
                 return
             state = next_state
+
+    def _within_memory(self, parts: Iterable[Records]) -> list[Records]:
+        """The parts of a window. Raises DataError where its texts take half of the free memory."""
+        limit, size, found = free_host_bytes() // 2, 0, list[Records]()
+        for records in parts:
+            size += records.texts.nbytes + (0 if records.pairs is None else records.pairs.nbytes)
+            if size > limit:
+                raise DataError(
+                    f"{records.location(0)}: the texts of a window of {self.window_rows:,} rows "
+                    f"have more than {limit:,} bytes, half of the free memory; a smaller "
+                    "--stream_window has fewer rows."
+                )
+            found.append(records)
+        return found
 
 
 class _GroupReader:
@@ -267,9 +284,8 @@ class _GroupReader:
             return {"pass": self.number + 1}
         return {"pass": self.number, "file": self.file, "place": self._state, "skip": self._skip}
 
-    def read(self, rows: int) -> list[Records]:
+    def read(self, rows: int) -> Iterator[Records]:
         """The next rows; fewer at the end of a pass, if groups have no weights."""
-        parts: list[Records] = []
         while rows:
             if self.ended:
                 if not self.stream.source_weights:
@@ -277,12 +293,11 @@ class _GroupReader:
                 self._next_pass()
             assert self._chunk is not None
             stop = min(len(self._chunk), self._skip + rows)
-            parts.append(self._chunk.slice(self._skip, stop))
+            yield self._chunk.slice(self._skip, stop)
             self._initial_cursor = None
             rows -= stop - self._skip
             self._skip = stop
             self._load_chunk()
-        return parts
 
     def pop_bad_rows(self) -> list[BadRow]:
         """The rows skipped since the last call."""

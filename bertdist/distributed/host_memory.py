@@ -2,6 +2,9 @@
 
 import math
 import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -11,6 +14,25 @@ def free_host_bytes() -> int:
     """The free memory of the machine, or of its control group; the ranks of a machine share it."""
     free = min(psutil.virtual_memory().available, control_group_bytes())
     return int(free / int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+@contextmanager
+def limited_memory(most: int) -> Iterator[None]:
+    """Raises MemoryError where the process allocates more than `most` bytes inside.
+
+    By the limit of its address space, on Linux; elsewhere, and where that has a lower limit
+    already, nothing changes. What an allocator has reserved before does not count.
+    """
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    with suppress(OSError, ValueError):
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limit = pages * resource.getpagesize() + most
+        if limits[0] == resource.RLIM_INFINITY or limit < limits[0]:
+            resource.setrlimit(resource.RLIMIT_AS, (limit, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
 def control_group_bytes(

@@ -29,7 +29,12 @@ from transformers import (
 )
 from transformers.activations import ACT2FN
 
-from bertdist.core.atomic_io import MANIFEST, find_damage
+from bertdist.core.atomic_io import (
+    MANIFEST,
+    find_damage,
+    read_json_object,
+    safetensors_problem,
+)
 from bertdist.core.errors import ModelError, did_you_mean, listed
 from bertdist.core.hub import MAX_CONFIG_BYTES
 from bertdist.core.terminal import excerpt_of
@@ -147,6 +152,13 @@ def check_size(config: PretrainedConfig, folder: Path, where: str) -> None:
 def check_weight_files(folder: Path, where: str) -> None:
     """Raise ModelError for weights that only other programs can read, with what to do."""
     files = sorted(folder.glob("*.safetensors"))
+    shards = read_json_object(folder / "model.safetensors.index.json").get("weight_map")
+    for name in shards.values() if isinstance(shards, dict) else ():
+        if not isinstance(name, str) or Path(name).name != name:
+            raise ModelError(
+                f"{where}: model.safetensors.index.json names {excerpt_of(name)}, which is not in "
+                "this folder."
+            )
     for path in files:
         with suppress(OSError), path.open("rb") as file:
             if file.read(23) == b"version https://git-lfs":
@@ -154,7 +166,11 @@ def check_weight_files(folder: Path, where: str) -> None:
                     f"{where}: {path.name} is a Git LFS pointer, not the weights: run `git lfs "
                     "pull` in that folder."
                 )
-        with suppress(OSError, SafetensorError), safe_open(path, "pt") as weights:
+        with suppress(OSError):
+            if problem := safetensors_problem(path):
+                raise ModelError(f"{where}: {problem}. Use an intact copy.")
+        # MemoryError: of a limit of address space, into which the file is mapped
+        with suppress(OSError, SafetensorError, MemoryError), safe_open(path, "pt") as weights:
             for name in weights.keys():  # noqa: SIM118  # not a dict
                 dtype = weights.get_slice(name).get_dtype()
                 if name.endswith(".weight") and dtype not in ("F64", "F32", "F16", "BF16"):

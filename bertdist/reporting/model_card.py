@@ -24,7 +24,12 @@ from urllib.parse import urlsplit
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, constants
 
-from bertdist.core.atomic_io import MODEL_CARD, atomic_write, read_json_object
+from bertdist.core.atomic_io import (
+    MODEL_CARD,
+    atomic_write,
+    read_json_object,
+    safetensors_problem,
+)
 from bertdist.core.config import share_of
 from bertdist.core.output_files import STATUS, is_run_folder
 from bertdist.core.terminal import count_in_words, excerpt
@@ -655,9 +660,11 @@ def _count_parameters(folder: Path) -> int:
     number = 0
     with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, struct.error):
         for file in folder.glob("*.safetensors"):
+            if safetensors_problem(file):
+                return 0
             with open(file, "rb") as content:
                 (size,) = struct.unpack("<Q", content.read(8))
-                header = json.loads(content.read(min(size, file.stat().st_size)))
+                header = json.loads(content.read(size))
             header.pop("__metadata__", None)
             number += sum(math.prod(entry["shape"]) for entry in header.values())
     return number

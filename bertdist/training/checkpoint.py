@@ -35,10 +35,12 @@ from bertdist.core.atomic_io import (
     explain_write_errors,
     find_damage,
     move_aside,
+    read_json,
     read_json_object,
     recover,
     remove_folder,
     remove_leftover,
+    safetensors_problem,
     write_folder,
 )
 from bertdist.core.config import saved_setting
@@ -61,6 +63,7 @@ from bertdist.training.resume_check import (
 )
 from bertdist.training.throughput import ThroughputMeter
 
+_MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, beside "step"
 LEFTOVER = re.compile(r"\.step_\d{6,}\.(partial|replaced|old)")  # of a save that was killed
 
 
@@ -318,7 +321,7 @@ def read_state(folder: Path) -> tuple[dict[str, Any], TrainState]:
     """state.json and the TrainState in it. Raises CheckpointError if it has another format."""
     path = folder / "state.json"
     try:
-        state = json.loads(path.read_text())
+        state = read_json(path)
         if state.get("format") != FORMAT:
             version = state.get("version", "0.1.0 or earlier")
             raise CheckpointError(
@@ -433,9 +436,13 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 
 def load_tensors(target: dict[str, Tensor], source: dict[str, Tensor], folder: Path) -> None:
-    """Copy in place. Raises CheckpointError if names or shapes differ; then nothing is changed."""
+    """Copy in place. Raises CheckpointError if names, shapes or dtypes differ; then nothing is
+    changed.
+    """
     different = sorted(target.keys() ^ source.keys()) or sorted(
-        name for name in target if target[name].shape != source[name].shape
+        name
+        for name in target
+        if (target[name].shape, target[name].dtype) != (source[name].shape, source[name].dtype)
     )
     if different:
         raise CheckpointError(
@@ -451,11 +458,17 @@ def load_optimizer(
     """Inverse of `optimizer_tensors`. Raises CheckpointError as `load_tensors` does."""
     weights = dict(model.named_parameters())
     for key, value in source.items():
-        name = key.rpartition("|")[0]
-        if name not in weights or value.shape not in (weights[name].shape, ()):
+        name, _, entry = key.rpartition("|")
+        weight = weights.get(name)
+        fits = weight is not None and (
+            value.dtype == torch.float32 and value.shape == ()
+            if entry == "step"
+            else entry in _MOMENTS and (value.shape, value.dtype) == (weight.shape, weight.dtype)
+        )
+        if not fits or any(f"{name}|{other}" not in source for other in ("step", *_MOMENTS)):
             raise CheckpointError(
                 f"{folder} is of another model: its optimizer holds {key!r} of shape"
-                f" {tuple(value.shape)}."
+                f" {tuple(value.shape)} and {str(value.dtype).removeprefix('torch.')}."
             )
     optimizer.state.clear()
     for key, value in source.items():
@@ -466,8 +479,10 @@ def load_optimizer(
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """A safetensors file, on the CPU. Raises CheckpointError."""
     try:
+        if problem := safetensors_problem(path):
+            raise CheckpointError(f"{path.parent}: {problem}.")
         return load_file(path)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, MemoryError) as error:
         reason = getattr(error, "strerror", None) or error
         raise CheckpointError(f"Cannot read {path}: {reason}.") from None
 

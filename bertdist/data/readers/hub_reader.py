@@ -23,6 +23,7 @@ import xxhash
 
 from bertdist.core.errors import DataError, did_you_mean
 from bertdist.core.hub import explain_hub_error, offline_where_unreachable, probe_hub
+from bertdist.data.readers.parquet_reader import decoded
 from bertdist.data.readers.remote import file_fingerprint, import_fsspec, open_seekable
 from bertdist.data.source import (
     Chunk,
@@ -150,8 +151,8 @@ def _read_parquet(path: str, columns: list[str], at: int) -> Iterator[pa.Table]:
         while group < groups and at >= (rows := parquet.metadata.row_group(group).num_rows):
             group, at = group + 1, at - rows
         remaining_groups = list(range(group, groups))
-        for batch in parquet.iter_batches(ROWS, remaining_groups, columns, use_threads=False):
-            table = pa.Table.from_batches([batch])
+        batches = parquet.iter_batches(ROWS, remaining_groups, columns, use_threads=False)
+        for table in decoded(path, batches):
             yield table.slice(at)
             at = max(0, at - len(table))
 

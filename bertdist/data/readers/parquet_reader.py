@@ -1,14 +1,18 @@
 """Parquet files: columns in the file's own types, complete or in slices of row groups.
 
 A reader state is {"group": row group, "row": rows of the file before it}.
+
+A small file may decode to many gigabytes, and its footer may be wrong: decoding stops at half of
+the free memory, and rows are counted.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from typing import NamedTuple
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet
 
 from bertdist.core.errors import DataError
@@ -21,6 +25,7 @@ from bertdist.data.source import (
     column_of,
     nested_names,
 )
+from bertdist.distributed.host_memory import free_host_bytes, limited_memory
 
 MAX_SLICE_ROWS = 8192
 
@@ -69,7 +74,14 @@ def read_parquet(
 ) -> Chunk:
     """The columns `wanted` of the first `num_rows` rows."""
     with _opened(name, open_seekable, wanted) as parquet:
-        table = parquet.read(columns=list(wanted), use_threads=False).slice(0, num_rows)
+        rows = parquet.metadata.num_rows
+        with _decoding(
+            name, f"{rows:,} rows", "--streaming reads training rows in parts."
+        ) as check:
+            table = parquet.read(columns=list(wanted), use_threads=False)
+            check(table)
+        _check_rows(name, "", rows, table.num_rows)
+        table = table.slice(0, num_rows)
     columns: dict[str, Column] = {column: column_of(table, column) for column in wanted}
     return chunk_of_columns(name, columns, table.num_rows, {"group": 0, "row": 0})
 
@@ -89,18 +101,75 @@ def read_slices(
         for index in range(state["group"], len(groups)):
             group = groups[index]
             size = slice_bytes * group.num_rows // max(1, group.total_byte_size)
-            for batch in parquet.iter_batches(
+            batches = parquet.iter_batches(
                 max(1, min(MAX_SLICE_ROWS, size)),
                 row_groups=[index],
                 columns=list(wanted),
                 use_threads=False,
-            ):
-                if batch.num_rows and row >= state["row"]:
-                    table = pa.Table.from_batches([batch])
+            )
+            first = row
+            for table in decoded(name, batches):
+                if table.num_rows and row >= state["row"]:
                     columns: dict[str, Column] = {name: column_of(table, name) for name in wanted}
                     start = {"group": index, "row": row}
-                    yield chunk_of_columns(name, columns, batch.num_rows, start)
-                row += batch.num_rows
+                    yield chunk_of_columns(name, columns, table.num_rows, start)
+                row += table.num_rows
+            _check_rows(name, f"row group {index}", group.num_rows, row - first)
+
+
+def decoded(name: str, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.Table]:
+    """Each batch as a table. Raises DataError where one needs too much memory."""
+    while True:
+        with _decoding(name, "some of its rows", "Leave the file out.") as check:
+            if (batch := next(batches, None)) is None:
+                return
+            table = pa.Table.from_batches([batch])
+            check(table)
+        yield table
+
+
+@contextmanager
+def _decoding(name: str, rows: str, advice: str) -> Iterator[Callable[[pa.Table], None]]:
+    """Raises DataError where decoding needs more than half of the free memory: inside, or with a
+    table that the function is given, once its columns of dictionaries are decoded too.
+
+    rows: which ones.
+    """
+    limit = free_host_bytes() // 2
+
+    def check(table: pa.Table) -> None:
+        if table.nbytes + sum(map(_bytes_in_dictionary, table.columns)) > limit:
+            raise MemoryError
+
+    try:
+        with limited_memory(limit):
+            yield check
+    except MemoryError:
+        raise DataError(
+            f"{name}: {rows} need more than {limit:,} bytes, half of the free memory. {advice}"
+        ) from None
+
+
+def _bytes_in_dictionary(column: pa.ChunkedArray) -> int:
+    """Bytes of the texts of a dictionary column, each as often as it occurs; 0 of other columns."""
+    kind = column.type
+    if not pa.types.is_dictionary(kind) or not _has_texts(kind.value_type):
+        return 0
+    lengths = (pc.binary_length(x.dictionary).take(x.indices) for x in column.chunks)
+    return sum(pc.sum(each).as_py() or 0 for each in lengths)
+
+
+def _has_texts(kind: pa.DataType) -> bool:
+    return kind in (pa.string(), pa.large_string(), pa.binary(), pa.large_binary())
+
+
+def _check_rows(name: str, group: str, expected: int, found: int) -> None:
+    """Raise DataError where the footer counts other rows than there are."""
+    if found != expected:
+        raise DataError(
+            f"{name} is damaged: {group or 'it'} has {found:,} rows, and its footer says "
+            f"{expected:,}."
+        )
 
 
 @contextmanager

@@ -137,6 +137,11 @@ def read_all(stream: BinaryIO, name: str, line_bytes: int | None) -> bytes:
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
+def one_line(error: BaseException) -> str:
+    """What an error says, without a full stop."""
+    return " ".join(str(error).split()).rstrip(".")
+
+
 @contextmanager
 def reading(path: str) -> Iterator[None]:
     """Errors inside become a DataError that names the file."""
@@ -147,7 +152,7 @@ def reading(path: str) -> Iterator[None]:
             f"{path} does not fit into memory; --streaming reads training rows in parts."
         ) from None
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{path} cannot be read: {' '.join(str(error).split())}.") from None
+        raise DataError(f"{path} cannot be read: {one_line(error)}.") from None
 
 
 def resolve_codec(fmt: FileFormat, head: bytes) -> tuple[str, int]:

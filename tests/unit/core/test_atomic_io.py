@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from bertdist.core.atomic_io import (
     CHECKPOINT_FILES,
     atomic_write,
     find_damage,
+    read_json_object,
     recover,
     remove_folder,
     remove_leftover,
@@ -92,16 +94,61 @@ def test_a_folder_of_a_user_is_kept_as_it_is(tmp_path: Path) -> None:
     assert kept is not None and (kept / "model.txt").read_text() == "mine"
 
 
-def test_names_in_a_manifest_remove_nothing_outside_the_folder(tmp_path: Path) -> None:
-    final = tmp_path / "best"
+@pytest.mark.parametrize(
+    "name", ["../thesis.txt", "sub/../../thesis.txt", "{}/thesis.txt", "..", "a\0b"]
+)
+def test_names_in_a_manifest_read_and_remove_nothing_outside_the_folder(
+    name: str, tmp_path: Path
+) -> None:
+    final, outside = tmp_path / "best", tmp_path / "thesis.txt"
     write_folder(final, fill)
-    (tmp_path / "thesis.txt").write_text("years")
+    outside.write_text("years")
+    name = name.format(tmp_path)
     manifest = json.loads((final / "manifest.json").read_text())
-    entry = {"bytes": 5, "xxh3_128": ""}
-    manifest["files"] |= {"../thesis.txt": entry, str(tmp_path / "thesis.txt"): entry}
+    manifest["files"][name] = {"bytes": 5, "xxh3_128": whole_folder._digest(outside)}
     (final / "manifest.json").write_text(json.dumps(manifest))
+    assert find_damage(final) == f"manifest.json names {name!r}, which is not in this folder"
     assert remove_folder(final) is None
-    assert os.listdir(tmp_path) == ["thesis.txt"]
+    assert os.listdir(tmp_path) == ["thesis.txt"] and outside.read_text() == "years"
+
+
+def test_a_file_below_a_folder_of_the_manifest_is_inside(tmp_path: Path) -> None:
+    """The control of the above."""
+
+    def fill_deep(folder: Path) -> None:
+        fill(folder)
+        (folder / "a..b").mkdir()
+        (folder / "a..b" / "...").write_text("x")
+
+    write_folder(tmp_path / "best", fill_deep)
+    assert find_damage(tmp_path / "best") is None
+
+
+@pytest.mark.parametrize("suffix", ["partial", "replaced", "old"])
+def test_a_link_in_place_of_a_leftover_is_not_followed(suffix: str, tmp_path: Path) -> None:
+    elsewhere, final = tmp_path / "elsewhere", tmp_path / "best"
+    elsewhere.mkdir()
+    (elsewhere / "model.safetensors").write_text("years")
+    hidden = tmp_path / f".best.{suffix}"
+    hidden.symlink_to(elsewhere)
+    with suppress(CheckpointError):  # one line, where it cannot be written over
+        write_folder(final, fill)
+    if hidden.is_symlink():
+        with suppress(CheckpointError):
+            remove_leftover(hidden)
+    assert (elsewhere / "model.safetensors").read_text() == "years"
+
+
+def test_json_that_would_fill_the_memory_or_wait_for_ever_is_damaged(tmp_path: Path) -> None:
+    write_folder(tmp_path / "best", fill)
+    manifest = tmp_path / "best" / "manifest.json"
+    os.truncate(manifest, 100 << 30)  # takes no space
+    assert find_damage(tmp_path / "best") == "manifest.json cannot be read"
+    assert read_json_object(manifest) == {}
+    manifest.unlink()
+    os.mkfifo(manifest)
+    assert find_damage(tmp_path / "best") == "manifest.json cannot be read"
+    assert read_json_object(manifest) == {}
 
 
 def test_a_link_is_neither_replaced_nor_followed(tmp_path: Path) -> None:

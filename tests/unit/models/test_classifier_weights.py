@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from transformers import AutoTokenizer
 
 from bertdist.core.config import ModelConfig
 from bertdist.core.errors import ModelError
+from bertdist.distributed.host_memory import limited_memory
 from bertdist.models.classifier import load_classifier, load_trained_classifier, save_classifier
 from bertdist.tasks.tasks import SingleLabel
 
@@ -50,6 +52,40 @@ def test_a_weight_that_is_not_finite_is_named_when_it_is_loaded(value: float, co
     rewrite(copy, with_number(value))
     message = f"{QUERY} holds NaN or infinite numbers: the file is broken. Use an intact copy."
     with pytest.raises(ModelError, match=f"^--model_name_or_path {copy}: {message}$"):
+        load(copy)
+
+
+@pytest.mark.parametrize(
+    ("header", "size", "problem"),
+    [
+        (10 << 30, 100, "is no safetensors file: its header would have 10,737,418,240 bytes"),
+        (10 << 30, 11 << 30, "is no safetensors file: its header would have 10,737,418,240 bytes"),
+        (1 << 63, 100, "is no safetensors file: its header would have 9,223,372,036,854,775,808"),
+        (0, 100, "is no safetensors file: it has no header"),
+        (2, 0, "is no safetensors file: it has no header"),
+        (2, 20 << 30, ""),  # as safetensors says it
+    ],
+)
+def test_a_header_larger_than_any_is_one_line_and_not_read(
+    header: int, size: int, problem: str, copy: Path
+) -> None:
+    path = copy / "model.safetensors"
+    path.write_bytes(header.to_bytes(8, "little") + b"{}")
+    os.truncate(path, size)  # a hole: it takes no space
+    with limited_memory(1 << 30), pytest.raises(ModelError) as caught:
+        load(copy)
+    assert problem in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["../other/model.safetensors", "/etc/passwd", 3])
+def test_shards_outside_the_folder_are_not_read(name: object, copy: Path) -> None:
+    other = copy.parent / "other"
+    other.mkdir()
+    (copy / "model.safetensors").rename(other / "model.safetensors")
+    save_file({"x": torch.zeros(1)}, copy / "model-00001-of-00001.safetensors")
+    index = {"metadata": {}, "weight_map": {STORED: name}}
+    (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelError, match=r"index\.json names .*, which is not in this folder"):
         load(copy)
 
 

@@ -18,6 +18,7 @@ from unittest.mock import ANY
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import bertdist
@@ -25,6 +26,7 @@ from bertdist.core.atomic_io import find_damage, write_folder
 from bertdist.core.config import OptimConfig
 from bertdist.core.errors import CheckpointError
 from bertdist.data.batch import RankStep
+from bertdist.distributed.host_memory import limited_memory
 from bertdist.training.checkpoint import (
     FORMAT,
     Checkpointer,
@@ -33,6 +35,7 @@ from bertdist.training.checkpoint import (
     load_tensors,
     model_tensors,
     optimizer_tensors,
+    read_tensors,
     reader_state_of_rank,
 )
 from bertdist.training.optimizer import create_optimizer
@@ -442,6 +445,11 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
+def make_link(path: Path) -> None:
+    """To the same bytes in another folder."""
+    path.symlink_to(path.rename(path.parents[2] / f"{path.parents[1].name} {path.name}"))
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "truncated": (lambda path: os.truncate(path, path.stat().st_size - 1), "{} has"),
     "grown": (lambda path: path.write_bytes(path.read_bytes() + b"\0"), "{} has"),
@@ -453,6 +461,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "deleted": (Path.unlink, "{} is missing"),
     "made a folder": (lambda path: (path.unlink(), path.mkdir()), "{} is missing"),
+    "made a link": (lambda path: make_link(path), "{} is a symbolic link"),
 }
 
 
@@ -499,6 +508,14 @@ def test_a_damaged_file_is_named_and_its_checkpoint_moved_aside(
         (b"\xff\xfe", "manifest.json cannot be read"),
         pytest.param(b"[" * 5000, "manifest.json cannot be read", id="deep"),
         (b'{"files": {}}', "manifest.json does not name model.safetensors"),
+        (
+            b'{"files": {"../step_000001/model.safetensors": {"bytes": 1, "xxh3_128": ""}}}',
+            "manifest.json names '../step_000001/model.safetensors', which is not in this folder",
+        ),
+        (
+            b'{"files": {"/etc/passwd": {"bytes": 1, "xxh3_128": ""}}}',
+            "manifest.json names '/etc/passwd', which is not in this folder",
+        ),
     ],
 )
 def test_broken_manifest_is_named_and_skipped(
@@ -642,11 +659,20 @@ def test_a_finished_run_goes_on_where_a_change_gives_it_something_to_do(
 
 def with_state(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     """Rewrite state.json of a checkpoint, with a manifest that matches."""
-    files = {name: (folder / name).read_bytes() for name in FILES}
-    state = json.loads(files["state.json"])
-    change(state)
-    files["state.json"] = json.dumps(state).encode()
-    write_folder(folder, lambda new: [(new / name).write_bytes(files[name]) for name in files])
+
+    def changed(content: bytes) -> bytes:
+        state = json.loads(content)
+        change(state)
+        return json.dumps(state).encode()
+
+    with_file(folder, "state.json", changed)
+
+
+def with_file(folder: Path, name: str, change: Callable[[bytes], bytes]) -> None:
+    """Replace a file of a checkpoint, with a manifest that matches."""
+    files = {each: (folder / each).read_bytes() for each in FILES}
+    files[name] = change(files[name])
+    write_folder(folder, lambda new: [(new / each).write_bytes(files[each]) for each in files])
 
 
 def test_format_and_version_are_recorded(tmp_path: Path) -> None:
@@ -725,6 +751,108 @@ def test_damaged_state_with_a_valid_manifest_is_refused(
     with pytest.raises(CheckpointError, match="is damaged") as caught:
         run.restore()
     assert message in str(caught.value)
+
+
+# ---- Hostile safetensors, with a manifest that matches
+
+
+def safetensors_of(
+    header: dict[str, Any] | bytes, data: bytes, claimed: int | None = None
+) -> bytes:
+    """claimed: the size of the header that the file says."""
+    content = header if isinstance(header, bytes) else json.dumps(header).encode()
+    size = len(content) if claimed is None else claimed
+    return size.to_bytes(8, "little") + content + data
+
+
+def header_and_data(content: bytes) -> tuple[dict[str, Any], bytes]:
+    size = int.from_bytes(content[:8], "little")
+    return json.loads(content[8 : 8 + size]), content[8 + size :]
+
+
+def changed_entry(name: str, **changes: Any) -> Callable[[dict[str, Any], bytes], bytes]:
+    return lambda header, data: safetensors_of({**header, name: {**header[name], **changes}}, data)
+
+
+def renamed(old: str, new: str) -> Callable[[dict[str, Any], bytes], bytes]:
+    return lambda header, data: safetensors_of(
+        {new if name == old else name: entry for name, entry in header.items()}, data
+    )
+
+
+WEIGHT, MOMENT = "inner.weight", "inner.weight|exp_avg"
+HOSTILE: list[tuple[str, Any, str]] = [
+    (
+        "model",
+        lambda header, data: safetensors_of(header, data, claimed=10 << 30),
+        "its header would have 10,737,418,240 bytes, and the file has ",
+    ),
+    (
+        "model",
+        lambda header, data: safetensors_of(header, data, claimed=1 << 63),
+        "would have 9,223",
+    ),
+    ("model", lambda header, data: safetensors_of(header, data, claimed=0), "it has no header"),
+    ("model", lambda header, data: b"", "it has no header"),
+    (
+        "model",
+        lambda header, data: safetensors_of(json.dumps(header).encode() + b" " * (17 << 20), data),
+        "its header would have 17,8",
+    ),
+    (
+        "model",
+        lambda header, data: safetensors_of(
+            json.dumps(header)[:-1].encode()
+            + b', "inner.weight": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}',
+            data,
+        ),
+        "Cannot read ",
+    ),
+    ("model", changed_entry(WEIGHT, data_offsets=[0, 64]), "Cannot read "),
+    ("model", changed_entry(WEIGHT, data_offsets=[0, 10 << 30]), "Cannot read "),
+    ("model", changed_entry(WEIGHT, shape=[1 << 40, 1 << 40]), "Cannot read "),
+    ("model", changed_entry(WEIGHT, shape=[16]), "inner.weight differs"),
+    ("model", changed_entry(WEIGHT, dtype="I32"), "inner.weight differs"),
+    ("model", lambda header, data: safetensors_of(b"[" * 5000, data), "Cannot read "),
+    ("optimizer", changed_entry(MOMENT, dtype="I32"), "'inner.weight|exp_avg' of shape (4, 4) and"),
+    ("optimizer", changed_entry(MOMENT, shape=[16]), "'inner.weight|exp_avg' of shape (16,)"),
+    (
+        "optimizer",
+        changed_entry("inner.weight|step", dtype="I32"),
+        "'inner.weight|step' of shape ()",
+    ),
+    ("optimizer", renamed(MOMENT, "inner.weight|other"), "its optimizer holds 'inner.weight|"),
+    ("optimizer", renamed(MOMENT, "exp_avg"), "its optimizer holds "),
+]
+
+
+@pytest.mark.parametrize(("file", "change", "message"), HOSTILE)
+def test_hostile_weights_with_a_valid_manifest_are_one_line(
+    file: str, change: Callable[[dict[str, Any], bytes], bytes], message: str, tmp_path: Path
+) -> None:
+    run, folder = Run(tmp_path), tmp_path / "step_000001"
+    run.learn(1)
+    run.save(1)
+    before = run.bits()
+    with_file(folder, f"{file}.safetensors", lambda content: content)
+    assert run.restore() == TrainState(step=1) and run.bits() == before, "the control"
+    with_file(folder, f"{file}.safetensors", lambda content: change(*header_and_data(content)))
+    assert find_damage(folder) is None
+    with limited_memory(1 << 30), pytest.raises(CheckpointError) as caught:
+        run.restore()
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_header_of_10_gb_is_not_read(tmp_path: Path) -> None:
+    """A file with a hole, as large as it says."""
+    path = tmp_path / "model.safetensors"
+    path.write_bytes((10 << 30).to_bytes(8, "little"))
+    os.truncate(path, (10 << 30) + 8)
+    with limited_memory(1 << 30):
+        with pytest.raises(CheckpointError, match="its header would have 10,737,418,240 bytes"):
+            read_tensors(path)
+        with pytest.raises(MemoryError):  # the control
+            load_file(path)
 
 
 # ---- No pickle
