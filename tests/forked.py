@@ -55,10 +55,11 @@ def run_ranks(
     *args: Any,
     timeout: float = 100.0,
     grace: float = GRACE_SECONDS,
+    enter: Callable[[int], object] | None = None,
 ) -> list[Any]:
     """Call `function(accelerator, *args)` on `n` ranks; the results by rank. Raises RankError; returns within `timeout` seconds.
 
-    Where a rank fails, the others have `grace` seconds to end.
+    Where a rank fails, the others have `grace` seconds to end. enter: called with the rank in each, before it opens a connection.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -69,7 +70,7 @@ def run_ranks(
             for rank in range(n):
                 pid = _fork()
                 if pid == 0:
-                    _be_a_rank(rank, n, folder, function, args, timeout)
+                    _be_a_rank(rank, n, folder, function, args, timeout, enter)
                 running[rank] = pid
             failures = _wait(running, folder, timeout, grace)
         finally:
@@ -180,6 +181,7 @@ def _be_a_rank(
     function: Callable[..., Any],
     args: tuple[Any, ...],
     timeout: float,
+    enter: Callable[[int], object] | None,
 ) -> NoReturn:
     """The child's whole life. It ends by `os._exit`: pytest's own clean-up belongs to the parent."""
     code = 1
@@ -188,6 +190,8 @@ def _be_a_rank(
             file=stack
         )  # SIGABRT, which the parent sends to a rank that hangs, writes where it stands
         try:
+            if enter is not None:
+                enter(rank)
             result = pickle.dumps(function(_accelerator(rank, n, folder, timeout), *args))
             (folder / f"result_{rank}").write_bytes(result)
             code = 0
