@@ -242,6 +242,7 @@ def _run(sweep: Sweep) -> int:
             ) from None
     atomic_write(folder / BASE_FILE, _base_yaml(sweep).encode())
     launcher = TrialLauncher(folder, folder / BASE_FILE, config.processes, gpus, config.jobs)
+    finished = False
     with StopFlag(sweep.train.run.stop_before_time_limit) as stop:
         _say_start(sweep, search, gpus)
         runner = SweepRunner(
@@ -262,7 +263,9 @@ def _run(sweep: Sweep) -> int:
                 with search.locked():  # by one worker
                     finished = _test_best(sweep, search, launcher, stop)
         finally:
-            results = _write(search, folder, sweep.train, with_page=not stop.reason())
+            is_last = finished or not config.worker
+            with_page = is_last and not stop.reason()
+            results = _write(search, folder, sweep.train, with_page)
         _show(results, folder)
         only.release()
     if stop.reason():

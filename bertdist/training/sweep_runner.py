@@ -189,7 +189,7 @@ class SweepRunner:
             self._end(job, PRUNED)
         elif code == 0 and is_finished(run):
             self._complete(job)
-        else:
+        elif not self.stop_reason():  # else the signal was for all
             error = error_of(run, log_file(self.folder, job.number), code)
             # It was stopped, or met a process that an earlier sweep has left and that ends soon.
             if code < 0 or code == EXIT_STOPPED or IN_USE in error:
@@ -266,8 +266,6 @@ class SweepRunner:
     def _restart(self, job: _Job, reason: str) -> None:
         """It was ended from elsewhere: it resumes, as long as it makes progress."""
         run = trial_folder(self.folder, job.number)
-        if self.stop_reason():  # the signal was for all
-            return
         job.restarts = 0 if last_saved_step(run) > job.step else job.restarts + 1
         if job.restarts > RESTARTS:
             self._fail(job, f"{reason}, {job.restarts} times without a new checkpoint")

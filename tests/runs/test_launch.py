@@ -593,6 +593,83 @@ def test_a_prediction_to_standard_output_ends_before_it_launches(slurm: FakeSlur
     )
 
 
+# --- sweep.slurm, in the same way; `bertdist sweep` and what its trials have done are made up
+
+
+@pytest.fixture
+def swept(slurm: FakeSlurm) -> FakeSlurm:
+    """FAKE_TRIALS: "before after", as `progress` of the script counts."""
+    text = """
+        if [[ $1 == -c ]]; then
+            echo >>"$FAKE/asked"
+            set -- $FAKE_TRIALS
+            if (($(wc -l <"$FAKE/asked") == 1)); then echo "$1"; else echo "$2"; fi
+            exit
+        fi
+        echo "$*" >>"$FAKE/sweep"
+        if [[ ${FAKE_WAITS:-} ]]; then
+            touch "$FAKE/waits"
+            until [[ -e $FAKE/scancel ]]; do sleep 0.05; done
+        fi
+        exit ${FAKE_CODE:-0}"""
+    (slurm.folder / "bin" / "python").write_text(f"#!/bin/bash\n{textwrap.dedent(text)}\n")
+    return slurm
+
+
+ONE_TASK = {"SLURM_ARRAY_JOB_ID": "123453", "SLURM_ARRAY_TASK_ID": "1"}
+# name, trials before and after, exit code, the job's environment -> exit code, requeued, what is said
+SWEEPS = [
+    ("finished", "0 9", 0, {}, 0, False, "exit code 0"),
+    ("stopped", "5 9", 75, {}, 0, True, "requeueing"),
+    ("no progress", "5 5", 75, {}, 75, False, "no trial has advanced: not requeued"),
+    ("failed", "5 9", 1, {}, 1, False, "exit code 1"),
+    ("limit", "5 9", 75, {"SLURM_RESTART_COUNT": "2", "MAX_RESTARTS": "2"}, 75, False, "2 times"),
+    ("below it", "5 9", 75, {"SLURM_RESTART_COUNT": "1", "MAX_RESTARTS": "2"}, 0, True, "requeue"),
+]
+
+
+@pytest.mark.parametrize(
+    ("trials", "code", "job", "ends", "requeued", "said"),
+    [pytest.param(*case, id=name) for name, *case in SWEEPS],
+)
+def test_a_task_of_a_sweep_is_requeued_alone_if_trials_have_advanced(
+    swept: FakeSlurm,
+    trials: str,
+    code: int,
+    job: dict[str, str],
+    ends: int,
+    requeued: bool,
+    said: str,
+) -> None:
+    job = {**ONE_TASK, **job, "FAKE_CODE": str(code), "FAKE_TRIALS": trials}
+    out, _ = (run := swept.job("sweep.slurm", "--jobs", "4", **job)).communicate(timeout=SECONDS)
+    assert (run.returncode, swept.record("requeue")) == (ends, "123453_1\n" * requeued), out
+    assert swept.record("sweep") == "-m bertdist sweep --worker --jobs 4\n"
+    assert said in out
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM], ids=str)
+def test_a_task_of_a_sweep_passes_a_signal_to_its_step(
+    swept: FakeSlurm, number: signal.Signals
+) -> None:
+    """TERM, which SLURM sends to the step itself, is not passed on; nor is the task requeued."""
+    job = {**ONE_TASK, "FAKE_CODE": "75", "FAKE_TRIALS": "5 9", "FAKE_WAITS": "yes"}
+    run = swept.job("sweep.slurm", **job)
+    deadline = time.monotonic() + SECONDS
+    while not (swept.folder / "waits").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    run.send_signal(number)
+    if number == signal.SIGTERM:
+        (swept.folder / "scancel").touch()
+    out, _ = run.communicate(timeout=SECONDS)
+    is_usr1 = number == signal.SIGUSR1
+    assert swept.record("scancel") == "--signal=TERM 123453_1\n" * is_usr1, out
+    assert (run.returncode, swept.record("requeue")) == (
+        0 if is_usr1 else 75,
+        "123453_1\n" * is_usr1,
+    ), out
+
+
 # --- the smoke run
 
 
