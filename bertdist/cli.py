@@ -5,6 +5,7 @@
     bertdist evaluate --model out --input test.tsv
     bertdist predict --model out --text "A film to remember."
     bertdist sweep --config run.yaml --try learning_rate=1e-5..5e-4:log --output_dir sweep
+    bertdist slurm submit --nodes 2 train --config run.yaml --output_dir out
     bertdist info                        # versions, devices, folders of configs and scripts
 
 Flags are read before torch is imported: --help and mistakes are answered at once. The scripts
@@ -44,9 +45,11 @@ from bertdist.core.terminal import (
 from bertdist.data.preflight import check_evaluate, check_predict
 from bertdist.data_quality.config import CheckConfig, read_check_arguments
 from bertdist.data_quality.config import check_start as check_start_of_check
+from bertdist.distributed.slurm_config import DoctorConfig, StatusConfig, SubmitConfig
 from bertdist.models.export_config import ExportConfig, check_export, read_export_config
 from bertdist.reporting.config import ReportConfig, check_report, read_report_config
 from bertdist.reporting.push_config import PushConfig, check_push, read_push_config
+from bertdist.slurm import ACTIONS, check_slurm, read_slurm_config
 from bertdist.sweep import SweepConfig, read_sweep_config
 from bertdist.sweep import check_start as check_start_of_sweep
 from bertdist.training.resume_check import check_start
@@ -103,6 +106,12 @@ COMMANDS = {
         [PushConfig],
         read_push_config,
         check_push,
+    ),
+    "slurm": Command(
+        "Submit jobs to SLURM, see how they do, check a cluster.",
+        [SubmitConfig, StatusConfig, DoctorConfig],
+        read_slurm_config,
+        check_slurm,
     ),
 }
 OTHER_COMMANDS = {
@@ -181,6 +190,10 @@ def _run_command(name: str, arguments: Sequence[str]) -> NoReturn:
         from bertdist.push import run as push
 
         push(parse_or_exit(read_push_config, check_push, arguments))
+    if name == "slurm":  # nor here, but for doctor's all-reduce
+        from bertdist.slurm import run_and_exit as run_slurm
+
+        run_slurm(parse_or_exit(read_slurm_config, check_slurm, arguments))
     processes, config_file, arguments = _launch_flags(arguments)
     try:
         config = parse_or_exit(COMMANDS[name].read, COMMANDS[name].check, arguments)
@@ -327,9 +340,11 @@ def _completion_parser() -> ArgumentParser:
     commands = parser.add_subparsers()
     for name, command in COMMANDS.items():
         flags = create_parser(command.sections)
-        commands.add_parser(
+        added = commands.add_parser(
             name, help=command.about, parents=[flags], add_help=False, conflict_handler="resolve"
         )
+        if name == "slurm":
+            added.add_argument("action", choices=ACTIONS)
     for name, about in OTHER_COMMANDS.items():
         choices = RESOURCES if name == "info" else SHELLS
         commands.add_parser(name, help=about).add_argument(name, choices=choices)

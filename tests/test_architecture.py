@@ -20,7 +20,7 @@ PACKAGES = [
     "reporting",
 ]
 SCRIPTS = [
-    *("train", "predict", "eval", "check", "report", "push", "export", "sweep"),
+    *("train", "predict", "eval", "check", "report", "push", "export", "sweep", "slurm"),
     *("api", "cli", "__main__"),
 ]
 ORDER = {name: position for position, name in enumerate([*PACKAGES, *SCRIPTS])}

@@ -180,7 +180,7 @@ def flags_of(program: str) -> frozenset[str]:
             re.findall(r'"(--\w+)"', (ROOT / "launch" / "demo.py").read_text(encoding="utf-8"))
         )
     sections: set[Any] = set(COMMANDS[program].sections)
-    if program in ("check", "sweep"):  # they take the flags of training too
+    if program in ("check", "sweep", "slurm"):  # they take the flags of training too
         sections |= {*COMMANDS["train"].sections, LabelIssueConfig}
     return frozenset(
         f"--{field.name.rstrip('_')}"

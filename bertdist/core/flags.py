@@ -29,6 +29,8 @@ _VALUES_BY_NAME = {
     "fix": "FILE",
     "config": "FILE",
     "_dir": "FOLDER",
+    "folder": "FOLDER",
+    "folders": "FOLDER",
     "model": "FOLDER",
     "_column": "COLUMN",
     "_columns": "COLUMN",

@@ -46,6 +46,8 @@ WRITTEN = (
     *("test_errors.jsonl", "bad_rows.jsonl", "nan_rows.jsonl", "survey.json", "stacks", ".ranks"),
     *("probabilities.parquet", "test_probabilities.parquet", "report.html", TRACKER),
 )
+# What `bertdist slurm submit` writes into a run's folder before the run, or beside predictions.
+SLURM, JOB_FILE = "slurm", "job.json"
 # What runs and evaluations write of scored rows.
 RESULT_FILES = (*("evaluation.json", "predictions.jsonl", "errors.jsonl", "probabilities.parquet"),)
 # The page of a run or an evaluation, and the line in it by which bertdist knows its own.
@@ -85,9 +87,9 @@ def check_outputs(
         if other != flag and not is_special(target):
             raise ConfigError(f"{flag} {path} is {other} as well: name another file.")
     for given, file in files if folder else ():
-        settings = Path(str(folder), "config.yaml")
-        if given == "--config" and file.resolve() == settings.resolve():
-            continue  # the run's own settings, which it writes again
+        own = (Path(str(folder), name, "config.yaml").resolve() for name in ("", SLURM))
+        if given == "--config" and file.resolve() in own:
+            continue  # the run's own settings, which it writes again, or those of its job
         if _is_inside(file, Path(str(folder))):
             raise ConfigError(
                 f"{given} {file} is inside --output_dir {folder}, whose files a run replaces: "
@@ -231,6 +233,7 @@ def check_run_folder(folder: Path) -> None:
     own = {"checkpoints"} if _is_unused(folder / "checkpoints") else set[str]()
     with suppress(OSError):
         own |= {LOCK} if (folder / LOCK).stat().st_size == 0 else set()
+    own |= _submitted(folder)
     if not is_run_folder(folder) and (foreign := _foreign_files(folder, own, WRITTEN)):
         raise ConfigError(
             f"--output_dir {folder} holds {foreign}, which no run wrote: give a folder that is "
@@ -244,7 +247,7 @@ def check_sweep_folder(folder: Path) -> None:
     _reject_file(folder)
     if not folder.is_dir() or (folder / "journal.log").is_file():
         return
-    if foreign := _foreign_files(folder, ("trials",), ()):
+    if foreign := _foreign_files(folder, {"trials", *_submitted(folder)}, ()):
         raise ConfigError(
             f"--output_dir {folder} holds {foreign}, which no sweep wrote: give a folder that is "
             "new, empty or of an earlier sweep."
@@ -293,6 +296,13 @@ def check_export_folder(folder: Path) -> None:
             f"--output_dir {folder} holds {foreign}, which no export wrote: give a folder that is "
             "new, empty or of an earlier export."
         )
+
+
+def _submitted(folder: Path) -> set[str]:
+    """The name of the folder of a job, where it is one; else nothing."""
+    job = folder / SLURM
+    names = set(os.listdir(job)) if job.is_dir() and not job.is_symlink() else {""}
+    return {SLURM} if not names - {".lock"} or JOB_FILE in names else set()
 
 
 def _reject_file(folder: Path) -> None:
