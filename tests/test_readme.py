@@ -28,6 +28,7 @@ PROGRAMS = {
     "bertdist/report.py": "report",
     "bertdist/sweep.py": "sweep",
     "bertdist/push.py": "push",
+    "bertdist/slurm.py": "slurm",
     "examples/own_loop.py": "train",
     "launch/train.slurm": "train",
     "launch/sweep.slurm": "sweep",
@@ -41,7 +42,7 @@ PROGRAMS = {
     "bench/startup.py": "startup",
     "bench/gpu.py": "gpu",
 }
-OWN = "train|predict|check|export|report|sweep|push"  # commands whose script has their name
+OWN = "train|predict|check|export|report|sweep|push|slurm"  # commands whose script has their name
 OTHER_PROGRAMS = {
     "curl",
     "docker",
