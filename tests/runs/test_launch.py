@@ -247,9 +247,10 @@ COMMANDS = {
         exit ${FAKE_CODE:-0}""",
     "scancel": 'echo "$*" >>"$FAKE/scancel"',
     "scontrol": """
-        case $1 in
-            show) printf 'node7\\nnode8\\n' ;;
-            requeue) echo "$2" >>"$FAKE/requeue" ;;
+        case "$1 $2" in
+            "show hostnames") printf 'node7\\nnode8\\n' ;;
+            "show job") echo "PreemptEligibleTime=2026-11-27T11:16:11 PreemptTime=${FAKE_PREEMPTED:-None}" ;;
+            requeue*) echo "$2" >>"$FAKE/requeue" ;;
         esac""",
     "squeue": """
         echo "$*" >>"$FAKE/squeue"
@@ -506,6 +507,7 @@ AT_10 = partial_state(10)
 PREDICTIONS = [
     ("begun", None, AT_10, {}, True, ""),
     ("continued", AT_10, partial_state(20), {}, True, ""),
+    ("preempted", AT_10, AT_10, {"FAKE_PREEMPTED": "2026-11-27T11:17:00"}, True, ""),
     ("no progress", AT_10, AT_10, {}, False, "no progress since row 10: not requeued"),
     ("nothing saved", None, partial_state(0), {}, False, "no progress since row 0: not requeued"),
     ("no output", None, None, {}, False, "no progress since row 0: not requeued"),
@@ -623,6 +625,7 @@ SWEEPS = [
     ("stopped", "5 9", 75, {}, 0, True, "requeueing"),
     ("no progress", "5 5", 75, {}, 75, False, "no trial has advanced: not requeued"),
     ("failed", "5 9", 1, {}, 1, False, "exit code 1"),
+    ("preempted", "5 5", 143, {"FAKE_PREEMPTED": "2026-11-27T11:17:00"}, 0, True, "requeueing"),
     ("limit", "5 9", 75, {"SLURM_RESTART_COUNT": "2", "MAX_RESTARTS": "2"}, 75, False, "2 times"),
     ("below it", "5 9", 75, {"SLURM_RESTART_COUNT": "1", "MAX_RESTARTS": "2"}, 0, True, "requeue"),
 ]
