@@ -136,7 +136,7 @@ def read_slurm_config(arguments: Sequence[str]) -> SlurmConfig:
 def read_submission(words: Sequence[str]) -> Submission:
     """`--nodes 2 train --config run.yaml`: flags of the job, a command, its flags."""
     number = _command_position(words)
-    own, command = list(words[:number]), "".join(words[number : number + 1])
+    own, command = _with_equals(words[:number]), "".join(words[number : number + 1])
     (options,) = parse_arguments(f"{PROGRAM} submit", [SubmitConfig], own, SUBMIT_ABOUT)
     assert isinstance(options, SubmitConfig)
     if not command:
@@ -154,17 +154,27 @@ def read_submission(words: Sequence[str]) -> Submission:
     return Submission(options, command, config, list(words))
 
 
+def _with_equals(words: Sequence[str]) -> list[str]:
+    """`--sbatch --exclusive` as argparse reads it: with "=" a value may begin with a dash."""
+    found: list[str] = []
+    for word in words:
+        if found[-1:] == ["--sbatch"]:
+            found[-1] = f"--sbatch={word}"
+        else:
+            found.append(word)
+    return found
+
+
 def _command_position(words: Sequence[str]) -> int:
     """Of the first word that is a command and no value of a flag; their number without one."""
-    switches = {f"--{flag.name}" for flag in flags_of(SubmitConfig) if flag.type is bool}
-    previous = ""
+    switches = {flag.name for flag in flags_of(SubmitConfig) if flag.type is bool}
+    is_value = False
     for i, word in enumerate(words):
-        takes_value = previous.startswith("--") and "=" not in previous
-        if word in JOB_COMMANDS and not (
-            takes_value and previous.replace("-", "_").replace("__", "--", 1) not in switches
-        ):
+        if word in JOB_COMMANDS and not is_value:
             return i
-        previous = word
+        name = word.removeprefix("--").replace("-", "_")
+        is_flag = word.startswith("--") and not is_value
+        is_value = is_flag and "=" not in word and name not in switches
     return len(words)
 
 
@@ -245,7 +255,7 @@ def submit(job: Submission) -> None:
     show(
         f"Submitted job {facts['job_id']} ({facts['options'].get('job-name', '')}); {script}.",
         f"Watch it:  bertdist slurm status {shown}",
-        f"Its log:   {facts['log']}",
+        f"Its log:   {facts['log'].replace('%j', facts['job_id']).replace('%A', facts['job_id'])}",
         f"Cancel it: scancel {facts['job_id']}",
     )
 

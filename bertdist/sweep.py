@@ -240,7 +240,8 @@ def _run(sweep: Sweep) -> int:
             raise ConfigError(
                 f"Another process runs the sweep in {folder}. --worker takes trials of it, too."
             ) from None
-    atomic_write(folder / BASE_FILE, _base_yaml(sweep).encode())
+    with search.locked():  # workers write it at the same time
+        atomic_write(folder / BASE_FILE, _base_yaml(sweep).encode())
     launcher = TrialLauncher(folder, folder / BASE_FILE, config.processes, gpus, config.jobs)
     finished = False
     with StopFlag(sweep.train.run.stop_before_time_limit) as stop:

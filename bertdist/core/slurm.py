@@ -25,6 +25,7 @@ ACTIVE = frozenset(
 )
 UNKNOWN_JOB = "Invalid job id specified"
 _SECONDS_PER_DAY = 86400
+_PLAIN_REASONS = ("", "None", "NonZeroExitCode")  # the state says it
 
 
 class SlurmError(BertdistError):
@@ -95,7 +96,7 @@ def view_of(records: list[dict[str, str]], now: float | None = None) -> JobView 
         state, reason = record["JobState"], record.get("Reason", "None")
         if state == "RUNNING" and (end := _epoch(record.get("EndTime", ""))) is not None:
             left.append(max(0.0, end - now))
-        is_said = state not in ("RUNNING", "COMPLETED") and reason not in ("None", "")
+        is_said = state not in ("RUNNING", "COMPLETED") and reason not in _PLAIN_REASONS
         states[f"{state} ({reason})" if is_said else state] += 1
     restarts = [int(x["Restarts"]) for x in records if x.get("Restarts", "").isdecimal()]
     is_active = any(record["JobState"] in ACTIVE for record in records)

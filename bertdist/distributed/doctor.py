@@ -158,6 +158,9 @@ def find(tasks: Exchange, config: DoctorConfig) -> Iterable[Finding]:
         measured = list(reduce_on_all(tasks, facts, several, wrong, config.wait))
     yield from doctor_checks.check_versions(facts)
     yield from measured
+    if lost := [rank for rank in answers if rank not in tasks.ranks]:
+        result = f"no answer any more of {silent_tasks(lost, environ)}"
+        yield Finding("tasks", result, "error", "Did the task or its node end? See sinfo, dmesg.")
 
 
 def check_port(
@@ -256,7 +259,9 @@ def print_table(findings: Sequence[Finding], place: Place) -> int:
     header = ["check", "result", "", "what to change"]
     if not any(x.advice for x in findings):
         header, rows = header[:3], [row[:3] for row in rows]
-    show_table(f"{place.tasks} tasks; the first on {place.address}", header, rows)
+    show_table(
+        f"{place.tasks} task{'s' * (place.tasks > 1)}; the first on {place.address}", header, rows
+    )
     words = [f"{n} {level}{'s' * (n > 1)}" for level, n in counts.items() if n]
     show(f"{' and '.join(words) if words else 'All is as training needs it'}.")
     return 1 if counts["error"] else 0

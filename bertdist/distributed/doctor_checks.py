@@ -339,6 +339,9 @@ def _file_system(tasks: Sequence[Facts], ranks: set[int]) -> str:
 
 def _shared(found: FolderResult, tasks: Sequence[Facts]) -> Iterable[Finding]:
     kind = _file_system(tasks, {0}).split(" on ")[0]
+    if len(tasks) < 2:
+        yield Finding("folder", f"{kind}; one task, nothing to compare with")
+        return
     cache = "Mount with lookupcache=none or a short actimeo, or expect late messages of failures."
     if found.replaced is None:
         yield Finding("folder", f"{kind}; a replaced file is still the old one", "warning", cache)

@@ -112,15 +112,16 @@ def _examine(tasks: Exchange, probe: str, wait: float) -> FolderResult:
     write(path, "1")
     ranks = [rank for rank in others if rank not in missing]
     seen = _ask(tasks, ranks, "wait_for", margin, path=path, content="1", seconds=wait)
-    unseen = tuple(rank for rank in ranks if _value(seen, rank) is None)
-    ranks = [rank for rank in ranks if rank not in unseen]
+    unseen = tuple(rank for rank, answer in seen.items() if answer.value is None)
+    ranks = [rank for rank in seen if rank not in unseen]
     write(path, "2")
     again = _ask(tasks, ranks, "wait_for", margin, path=path, content="2", seconds=wait)
-    stale = [rank for rank in ranks if _value(again, rank) is None]
+    stale = [rank for rank, answer in again.items() if answer.value is None]
+    ranks = list(again)
     each = {rank: {"path": f"{probe}/task_{rank}", "content": str(rank)} for rank in [0, *ranks]}
     written = tasks.ask_each("write", each, margin)
     unwritable = {r: x.error for r, x in written.items() if x.error}
-    wrote = [rank for rank in ranks if _value(written, rank) is not None]
+    wrote = [rank for rank, answer in written.items() if rank and not answer.error]
     unseen_here = tuple(r for r in wrote if wait_for(each[r]["path"], str(r), wait) is None)
     unlocked, lock_error = _locks(tasks, ranks, path, margin)
     return FolderResult(
@@ -128,9 +129,9 @@ def _examine(tasks: Exchange, probe: str, wait: float) -> FolderResult:
         unseen=unseen,
         unwritable=unwritable,
         unseen_here=unseen_here,
-        seconds=max((_value(seen, rank) for rank in ranks), default=0.0),
-        replaced=None if stale else max((_value(again, rank) for rank in ranks), default=0.0),
-        fsync=max(x.value for x in written.values() if not x.error) if wrote or not ranks else 0.0,
+        seconds=max((seen[rank].value for rank in ranks), default=0.0),
+        replaced=None if stale else max((x.value for x in again.values()), default=0.0),
+        fsync=max((x.value for x in written.values() if not x.error), default=0.0),
         unlocked=unlocked,
         lock_error=lock_error,
     )
@@ -160,10 +161,6 @@ def _ask(
     tasks: Exchange, ranks: list[int], name: str, limit: float, **options: Any
 ) -> dict[int, Answer]:
     return tasks.ask_each(name, dict.fromkeys(ranks, options), limit)
-
-
-def _value(answers: Mapping[int, Answer], rank: int) -> Any:
-    return answers[rank].value if rank in answers else None
 
 
 def file_system(folder: str) -> str:

@@ -26,7 +26,7 @@ options.
   bertdist slurm submit --nodes 2 --gpus_per_node 8 --cpus_per_task 64 \\
       --time 04:00:00 train --config run.yaml --output_dir out
   bertdist slurm submit --array 0-7 --gpus_per_node 1 \\
-      sweep --config run.yaml --try learning_rate=1e-5..5e-4:log --output_dir sweep
+      sweep --config run.yaml --try warmup_ratio=0..0.2 --output_dir sweep
   bertdist slurm submit --dry_run train --config run.yaml --output_dir out
 
 Flags of the job stand before the command, flags of the command after it. The job has this \
@@ -46,8 +46,8 @@ CPUs of each node, the port of the first node, clocks, versions, a shared folder
 bandwidth of the all-reduce. Exit code 1 where something is wrong, with what to change.
 
   salloc --nodes 2 --ntasks-per-node 1 --gpus-per-node 8
-  bertdist slurm doctor --folder /shared/me    # starts srun with the job's own tasks
-  srun bertdist slurm doctor --folder /shared/me    # the same, with options of your own for srun
+  bertdist slurm doctor --folder /shared/me         # srun with the job's tasks
+  srun bertdist slurm doctor --folder /shared/me    # with options of your own
 
 The scripts in launch/ expect one task per node, which starts a process per GPU; where srun \
 itself starts the ranks, give --tasks_per_node. NPROC_PER_NODE, MAIN_PROCESS_IP and \

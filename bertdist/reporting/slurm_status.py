@@ -30,6 +30,7 @@ from bertdist.training.trial_runs import TRIALS, is_finished, read_evaluations
 HEADER = ("run", "job", "job state", "run state", "step", "score (best)", "time left", "restarts")
 # Of columns that are numbers: never wrapped
 RIGHT = (6, 7)
+ALWAYS = (0, 3, 4)  # shown also where they are empty
 SCRIPTS = ("train.slurm", "multi_node.slurm", "sweep.slurm", "predict.slurm")
 _TAIL_BYTES = 1 << 16  # of metrics.jsonl, in which the last step is looked for
 
@@ -59,32 +60,37 @@ def show_status(folders: Sequence[str] | None) -> None:
     notes: dict[str, None] = {}
     rows = []
     for target in targets:
-        view: JobView | None = None
+        view, is_asked = None, False
         if target.job:
             try:
-                view = job_view(target.job)
+                view, is_asked = job_view(target.job), True
             except NoSlurm as error:
                 notes[f"{str(error).split(':')[0]}: job states are not known."] = None
             except SlurmError as error:
                 notes[str(error)] = None
-        rows.append(row_of(target, view, progress_of(target.folder)))
-    shown = [i for i in range(len(HEADER)) if i in (0, 3, 4) or any(row[i] for row in rows)]
+        rows.append(row_of(target, view, is_asked, progress_of(target.folder)))
+    shown = [
+        i for i in range(len(HEADER)) if i in ALWAYS or any(r[i] not in ("", "0") for r in rows)
+    ]
     right = [place for place, i in enumerate(shown) if i in RIGHT]
     cells = [[row[i] for i in shown] for row in rows]
     show_table("Jobs and runs", [HEADER[i] for i in shown], cells, right)
     show(*notes)
 
 
-def row_of(target: Target, view: JobView | None, progress: Progress) -> list[str]:
-    """A line of the table, by HEADER; "" for what is not known."""
+def row_of(target: Target, view: JobView | None, is_asked: bool, progress: Progress) -> list[str]:
+    """A line of the table, by HEADER; "" for what is not known.
+
+    view: None where SLURM does not know the job, or was not asked.
+    """
     left = restarts = ""
-    state = "" if not target.job else "not in SLURM any more"
+    state = "forgotten by SLURM" if is_asked else ""
     if view is not None:
         state = view.state
         left = "" if view.seconds_left is None else plain_time(view.seconds_left)
         restarts = "" if view.restarts is None else str(view.restarts)
     run_state = progress.state
-    if run_state == "running" and target.job and (view is None or not view.is_active):
+    if run_state == "running" and is_asked and (view is None or not view.is_active):
         run_state = "killed"  # it could not write its end
     if not run_state and view is not None and view.is_active:
         run_state = "not started"
@@ -103,8 +109,10 @@ def row_of(target: Target, view: JobView | None, progress: Progress) -> list[str
 # ---- Which runs
 
 
-def targets_in(folders: Iterable[str]) -> Iterable[Target]:
-    """The runs in folders, or right below them. Raises ConfigError."""
+def targets_in(folders: Sequence[str]) -> Iterable[Target]:
+    """The runs in folders, or right below them; of a single folder that holds some, by their names
+    in it. Raises ConfigError.
+    """
     for given in folders:
         folder = Path(os.path.expanduser(given))
         if not folder.is_dir():
@@ -115,7 +123,8 @@ def targets_in(folders: Iterable[str]) -> Iterable[Target]:
         below = [path for path in sorted(folder.iterdir()) if path.is_dir() and _is_target(path)]
         if not below:
             raise ConfigError(f"{given} is not the folder of a run or a job, and holds none.")
-        yield from map(_target, below)
+        is_only = len(folders) == 1
+        yield from (_target(path, path.name if is_only else "") for path in below)
 
 
 def _is_target(folder: Path) -> bool:
@@ -128,9 +137,9 @@ def _job_file(folder: Path) -> Path:
     return folder / JOB_FILE if folder.suffix == f".{SLURM}" else folder / SLURM / JOB_FILE
 
 
-def _target(folder: Path) -> Target:
+def _target(folder: Path, name: str = "") -> Target:
     job = read_json_object(_job_file(folder)).get("job_id")
-    return Target(folder, str(job or ""), os.path.relpath(folder))
+    return Target(folder, str(job or ""), name or _short(folder))
 
 
 def targets_in_queue() -> Iterable[Target]:
@@ -142,7 +151,7 @@ def targets_in_queue() -> Iterable[Target]:
 
 def _short(folder: Path) -> str:
     relative = os.path.relpath(folder)
-    return min(relative, str(folder), key=len)
+    return min(relative, str(folder.absolute()), key=len)
 
 
 def folder_of_job(place: str, command: str) -> Path | None:
@@ -224,8 +233,9 @@ def _progress_of_sweep(folder: Path) -> Progress:
     named = settings.get("metric_for_best_model")
     lasts = [found[-1].scores for found in map(read_evaluations, runs) if found]
     known = [(x, y) for x, y in (selected_score(x, named) for x in lasts) if y is not None]
-    planned = read_json_object(folder / "sweep.json").get("trials")
-    finished, total = sum(map(is_finished, runs)), max(len(runs), planned or 0)
+    planned = _settings(folder / SLURM / "config.yaml").get("trials")
+    planned = planned or read_json_object(folder / "sweep.json").get("trials") or 0
+    finished, total = sum(map(is_finished, runs)), max(len(runs), planned)
     score = ""
     if known:
         name, best = max(known, key=lambda pair: pair[1])
