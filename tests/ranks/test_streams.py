@@ -1,8 +1,10 @@
 """I1, I3 and I5 for rows that are never held together: windows of a stream, files of a rank, mixtures."""
 
+import gzip
 import os
 import signal
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,8 @@ from rows import (
     write_rows,
     write_split,
 )
+from servers import s3_server
+from undisturbed import run_on_ranks_in_turn
 
 from bertdist.data import streaming as stream
 from bertdist.training.checkpoint import TrainState
@@ -134,14 +138,15 @@ def test_resume_equals_uninterrupted(
     assert_same_run(tmp_path / "out", straight[n][0])
 
 
-def test_resume_on_other_ranks_takes_the_same_rows(
+def test_stopped_on_4_ranks_it_goes_on_with_2_then_3_then_1(
     tiny_model: Path, tmp_path: Path, files: Any, straight: Any
 ) -> None:
+    """In the middle of a window, at its end, and in the next epoch; the control is that of rows in memory (test_resume.py)."""
     given = words(tiny_model, tmp_path / "out", files)
-    with pytest.raises(RankError, match="ended with status 9"):
-        run_ranks(3, run_train, given, at_step(7, die))
-    seen = rows_by_step([seen for _, seen, _ in run_ranks(2, run_train, given)])
-    assert seen == {number: rows for number, rows in straight[1][1].items() if number >= 6}
+    steps, _ = run_on_ranks_in_turn(given, [4, 2, 3, 1], [0, 3, 6])
+    assert steps == straight[1][1]
+    for mine, expected in zip(step_log(tmp_path / "out"), step_log(straight[1][0]), strict=True):
+        assert mine == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_place_that_is_not_kept_is_seen(
@@ -172,10 +177,11 @@ def test_a_place_that_is_not_kept_is_seen(
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five files of 3 to 19 rows."""
+    """Five files of 3 to 19 rows, and the same as .gz."""
     folder = tmp_path_factory.mktemp("many")
     for number, count in enumerate((19, 3, 7, 5, 11)):
-        write_rows(folder / f"train{number}.tsv", make_rows(count, seed=number))
+        path = write_rows(folder / f"train{number}.tsv", make_rows(count, seed=number))
+        (folder / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
     return folder
 
 
@@ -208,7 +214,26 @@ def pattern_of(folder: Path) -> Any:
     return Files(folder / "train*.tsv")
 
 
-def test_own_files_go_on_where_they_were(tiny_model: Path, tmp_path: Path, many: Path) -> None:
+def kill_and_compare(
+    n: int, straight: list[str], killed: list[str], steps: Sequence[int], outs: Sequence[Path]
+) -> None:
+    """Killed before each of `steps`, with another number of loader workers at each start, a run ends as the one that nobody disturbed."""
+    run_ranks(n, run_train, straight)
+    for workers, step in enumerate([*steps, -1]):
+        given = [*killed, "--dataloader_num_workers", str((workers + 1) % 3)]
+        if step < 0:
+            run_ranks(n, run_train, given)
+        else:
+            with pytest.raises(RankError, match="ended with status 9"):
+                run_ranks(n, run_train, given, at_step(step, die))
+    assert step_log(outs[0]) == step_log(outs[1])
+    assert_same_tensors(*(tensors_of(last_checkpoint(out)) for out in outs))
+
+
+@pytest.mark.parametrize("n", some_of([3], [1, 2]))
+def test_own_files_go_on_where_they_were(
+    tiny_model: Path, tmp_path: Path, many: Path, n: int
+) -> None:
     settings = {
         "streaming": True,
         "stream_sharding": "by_file",
@@ -216,23 +241,22 @@ def test_own_files_go_on_where_they_were(tiny_model: Path, tmp_path: Path, many:
         "save_every": "2 steps",
         "stream_window": 4,
     }
-    run_ranks(
-        3, run_train, words_of(tiny_model, tmp_path / "straight", pattern_of(many), **settings)
-    )
+    outs, files = [tmp_path / "straight", tmp_path / "out"], Files(many / "train*.tsv.gz")
+    straight, killed = (words_of(tiny_model, out, files, **settings) for out in outs)
+    kill_and_compare(n, straight, killed, [3, 11], outs)
+
+
+def test_own_files_do_not_go_on_with_other_ranks_in_an_epoch(
+    tiny_model: Path, tmp_path: Path, many: Path
+) -> None:
+    settings = {"streaming": True, "stream_sharding": "by_file", "save_every": "2 steps"}
     given = words_of(tiny_model, tmp_path / "out", pattern_of(many), **settings)
-    for step in (3, 13):
-        with pytest.raises(RankError, match="ended with status 9"):
-            run_ranks(3, run_train, given, at_step(step, die))
+    with pytest.raises(RankError, match="ended with status 9"):
+        run_ranks(3, run_train, given, at_step(3, die))
     with pytest.raises(
         RankError, match="was written by 3 processes with --stream_sharding by_file"
     ):
         run_ranks(2, run_train, given)
-    run_ranks(3, run_train, given)
-    assert step_log(tmp_path / "out") == step_log(tmp_path / "straight")
-    assert_same_tensors(
-        tensors_of(last_checkpoint(tmp_path / "out")),
-        tensors_of(last_checkpoint(tmp_path / "straight")),
-    )
 
 
 def test_own_files_go_on_with_other_ranks_between_two_epochs(
@@ -280,30 +304,45 @@ def test_weights_decide_what_is_learned(tiny_model: Path, tmp_path: Path, stream
         )
 
 
-def test_a_mixture_goes_on_where_it_was(tiny_model: Path, tmp_path: Path) -> None:
-    small, large = (
-        write_rows(tmp_path / "small.tsv", make_rows(5, 1)),
-        write_rows(tmp_path / "large.tsv", make_rows(24, 2)),
-    )
-    settings = {
-        "train_file": [small, large],
+def mixture_in(folder: Path | str) -> dict[str, Any]:
+    """Two globs, of which one has the small files."""
+    return {
+        "train_file": [f"{folder}/train[13].tsv.gz", f"{folder}/train[024].tsv.gz"],
         "train_weights": [1, 2],
         "streaming": True,
         "stream_window": 16,
         "save_every": "2 steps",
     }
-    run_ranks(
-        2, run_train, words_of(tiny_model, tmp_path / "straight", pattern_of(tmp_path), **settings)
+
+
+@pytest.mark.parametrize("n", some_of([2], [1, 3]))
+def test_a_mixture_goes_on_where_it_was(
+    tiny_model: Path, tmp_path: Path, many: Path, n: int
+) -> None:
+    outs = [tmp_path / "straight", tmp_path / "out"]
+    straight, killed = (
+        words_of(tiny_model, out, pattern_of(many), **mixture_in(many)) for out in outs
     )
-    given = words_of(tiny_model, tmp_path / "out", pattern_of(tmp_path), **settings)
-    for step in (3, 7):
-        with pytest.raises(RankError, match="ended with status 9"):
-            run_ranks(2, run_train, given, at_step(step, die))
-    run_ranks(2, run_train, given)
-    assert_same_tensors(
-        tensors_of(last_checkpoint(tmp_path / "out")),
-        tensors_of(last_checkpoint(tmp_path / "straight")),
-    )
+    kill_and_compare(n, straight, killed, [3, 9], outs)
+
+
+@pytest.mark.parametrize("sharding", some_of(["by_row"], ["by_file"]))
+def test_files_of_a_bucket_go_on_where_they_were(
+    tiny_model: Path, tmp_path: Path, many: Path, monkeypatch: pytest.MonkeyPatch, sharding: str
+) -> None:
+    """s3:// on three ranks: the run over the same local files that nobody disturbed."""
+    outs = [tmp_path / "straight", tmp_path / "out"]
+    with s3_server(monkeypatch) as s3:
+        s3.create_bucket(Bucket="rows")
+        for path in many.glob("*.gz"):
+            s3.upload_file(str(path), "rows", path.name)
+        words = []
+        for out, folder in zip(outs, [many, "s3://rows"], strict=True):
+            settings = {**mixture_in(folder), "num_train_epochs": 1}
+            if sharding == "by_file":
+                settings |= {"train_weights": None, "stream_sharding": sharding}
+            words.append(words_of(tiny_model, out, pattern_of(many), **settings))
+        kill_and_compare(3, *words, [3], outs)
 
 
 def test_a_window_that_is_lost_is_seen(

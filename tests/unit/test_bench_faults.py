@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rows import EVERY_FAULT
+from rows import EVERY_FAULT, some_of
 from rows import train_module as train
 
 from bench.attempts import Attempt, Kill, attempt, output_of_launcher, output_of_ranks
@@ -24,7 +24,8 @@ def faults(tmp_path_factory: pytest.TempPathFactory) -> FaultTest:
     ("scenario", "kills"),
     [
         (Scenario("map", 2, "three", "one rank"), 2),
-        (Scenario("stream", 1, "one", "all ranks"), 1),
+        (Scenario("mixture", 1, "one", "all ranks"), 1),
+        *some_of([], [(Scenario("by_file", 2, "three", "all ranks"), 2)]),
     ],
     ids=str,
 )
