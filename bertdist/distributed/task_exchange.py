@@ -75,6 +75,7 @@ class Channel:
     def close(self) -> None:
         """Of a connection that may be broken."""
         with suppress(OSError):
+            self._file.close()  # which keeps the connection open
             self.connection.close()
 
 
@@ -94,7 +95,6 @@ class Exchange:
         self._handlers = handlers
         self._channels: dict[int, Channel] = {}
         self.taken: list[int] = []  # ports on which another process listens
-        self.addresses: dict[int, str] = {}  # rank -> this host's address, as that task uses it
         self._server = self._listen()
 
     def __enter__(self) -> "Exchange":
@@ -126,16 +126,21 @@ class Exchange:
             if left <= 0:
                 return
             self._server.settimeout(left)
-            with suppress(OSError, ValueError, KeyError, TypeError):
+            with suppress(OSError):
                 connection, _ = self._server.accept()
-                channel = Channel(connection)
-                hello = channel.receive(CONNECT_SECONDS)
-                if hello["token"] != self.place.token:  # of another job, or no task at all
-                    channel.close()
-                    continue
-                channel.send({"token": self.place.token}, CONNECT_SECONDS)
-                self._channels[int(hello["rank"])] = channel
-                self.addresses[int(hello["rank"])] = connection.getsockname()[0]
+                self._greet(Channel(connection))
+
+    def _greet(self, channel: Channel) -> None:
+        """Take a task of this step, and no other caller."""
+        try:
+            hello = channel.receive(CONNECT_SECONDS)
+            rank = int(hello["rank"])
+            if hello["token"] != self.place.token or not 0 < rank < self.place.tasks:
+                raise ValueError("of another job")
+            channel.send({"token": self.place.token}, CONNECT_SECONDS)
+            self._channels[rank] = channel
+        except (OSError, ValueError, KeyError, TypeError):
+            channel.close()
 
     @property
     def ranks(self) -> list[int]:
@@ -194,16 +199,24 @@ def serve(place: Place, handlers: Handlers, wait: float) -> None:
     channel.close()
 
 
+def _is_greeted(channel: Channel, place: Place) -> bool:
+    """Whether the first task of this step is at the other end."""
+    try:
+        channel.send({"token": place.token, "rank": place.rank}, CONNECT_SECONDS)
+        return bool(channel.receive(CONNECT_SECONDS)["token"] == place.token)
+    except BaseException:
+        channel.close()
+        raise
+
+
 def connect(place: Place, wait: float) -> Channel:
     """The connection to the first task. Raises NotReached, with the reason."""
     deadline, reason = time.monotonic() + wait, ""
     while True:
         for port in place.ports:
             try:
-                connection = socket.create_connection((place.address, port), CONNECT_SECONDS)
-                channel = Channel(connection)
-                channel.send({"token": place.token, "rank": place.rank}, CONNECT_SECONDS)
-                if channel.receive(CONNECT_SECONDS)["token"] == place.token:
+                channel = Channel(socket.create_connection((place.address, port), CONNECT_SECONDS))
+                if _is_greeted(channel, place):
                     return channel
                 channel.close()
             except (OSError, ValueError, KeyError, TypeError) as error:

@@ -171,7 +171,7 @@ def folder_of_job(place: str, command: str) -> Path | None:
     if path.name not in SCRIPTS:
         return None
     given = {}
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in zip(words, [*words, ""][1:], strict=True):
         if match := re.fullmatch(r"--(output[_-]dir|config)(?:=(.*))?", word):
             given[match[1].replace("-", "_")] = match[2] or following
     folder = given.get("output_dir")
