@@ -146,7 +146,7 @@ def find(tasks: Exchange, config: DoctorConfig) -> Iterable[Finding]:
     mapping += doctor_checks.check_gpus(facts)
     yield from mapping
     yield from doctor_checks.check_cpus(facts)
-    several = len({x["node"] for x in facts}) > 1
+    several = len({x["host"] for x in facts}) > 1
     yield from doctor_checks.check_network(facts, several)
     yield from doctor_checks.check_clocks(clock_skews(tasks, facts))
     folder = os.path.abspath(config.folder)
