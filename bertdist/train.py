@@ -77,7 +77,7 @@ from bertdist.tasks.tasks import Task, create_task
 from bertdist.training.best_model import BestModel, EarlyStopping
 from bertdist.training.checkpoint import Checkpointer, TrainState
 from bertdist.training.evaluation import RunEvaluator
-from bertdist.training.micro_batches import MicroBatcher
+from bertdist.training.micro_batches import MicroBatcher, set_comm_hook
 from bertdist.training.nonfinite import NonFiniteGuard, nan_aware_scale
 from bertdist.training.optimizer import (
     apply_update,
@@ -216,9 +216,10 @@ def prepare_steps(
     adamw: AdamW,
     micro_batcher: MicroBatcher,
 ) -> Callable[..., tuple[Tensor, Tensor]]:
-    """What precedes the first step of every start: DDP's warm-up, the size of micro-batches,
+    """What precedes the first step of every start: DDP's hook, its warm-up, size of micro-batches,
     --torch_compile. Returns `train_step`, or replays of it (--cuda_graphs). A collective.
     """
+    set_comm_hook(model, config.run.ddp_comm_hook)
     micro_batcher.warm_up_ddp(model)
     micro_batcher.find_token_budget(classifier, adamw)
     if config.run.torch_compile:

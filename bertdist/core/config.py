@@ -424,6 +424,12 @@ class RunConfig(Section):
         "depend on the machine.",
         brief="Precision: no, bf16, fp16 or auto, default no",
     )
+    ddp_comm_hook: Literal["no", "bf16"] = setting(
+        "no",
+        "What ranks exchange: gradients as they are (no), or rounded to bf16, half the bytes, for "
+        "networks that are slower than the computing. The weights stay float32; what is learned "
+        "then depends on the number of ranks, to bf16 rounding.",
+    )
     use_cpu: bool = setting(
         False,
         "Train on the CPU even if there is a GPU.",

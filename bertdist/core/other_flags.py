@@ -37,6 +37,7 @@ _NAMES = {
     "dataloader_num_workers": "num_workers preprocessing_num_workers",
     "use_cpu": "no_cuda cpu",
     "rank_timeout": "ddp_timeout",
+    "ddp_comm_hook": "gradient_compression comm_hook",
     "report_to": "logger with_tracking",
     "resume_from_checkpoint": "ckpt_path",
 }

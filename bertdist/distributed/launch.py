@@ -375,6 +375,11 @@ def launch(config: TrainConfig) -> tuple[Accelerator, TrainConfig, list[str]]:
     notes: list[str] = []
     accelerator = create_accelerator(config.run, notes)
     check_world(accelerator.num_processes)
+    if config.run.ddp_comm_hook != "no" and accelerator.num_processes == 1:
+        notes.append(
+            f"--ddp_comm_hook {config.run.ddp_comm_hook} has no effect: one process exchanges no "
+            "gradients."
+        )
     run = replace(config.run, mixed_precision=accelerator.mixed_precision)
     config = replace(config, run=run)
     assert_same_on_all_ranks(accelerator, launch_fingerprint(config))

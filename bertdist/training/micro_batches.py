@@ -44,9 +44,12 @@ from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -268,6 +271,22 @@ class MicroBatcher:
     def _too_long(self, batch: PackedBatch, reason: str, step: RankStep) -> DataError:
         advice = "--gradient_checkpointing, "
         return text_too_long(batch, reason, self.loader, step.window_state, advice)
+
+
+def set_comm_hook(model: nn.Module, hook: str) -> None:
+    """How DDP exchanges gradients. hook: --ddp_comm_hook; before the first backward pass."""
+    if hook == "bf16" and isinstance(model, DistributedDataParallel):
+        model.register_comm_hook(model.process_group, _exchange_in_bf16)
+
+
+def _exchange_in_bf16(
+    group: dist.ProcessGroup,
+    bucket: dist.GradBucket,  # type: ignore[name-defined]  # DDP compares the annotation
+) -> Future[Tensor]:
+    """torch's hook under another name: by its own, DDP refuses it with gloo, which reduces bf16
+    as well (torch 2.13).
+    """
+    return bf16_compress_hook(group, bucket)
 
 
 def discard_gradients(model: nn.Module) -> None:

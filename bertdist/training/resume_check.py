@@ -35,6 +35,7 @@ MUST_MATCH = {
     "seed": f"another row order and dropout: {_ROWS}",
     "train_batch_size": f"other rows per step: {_ROWS}",
     "mixed_precision": "the steps done so far were rounded otherwise (auto keeps what they had)",
+    "ddp_comm_hook": "the steps done so far rounded gradients otherwise between ranks",
     "freeze": "the steps done so far trained other weights",
     "labels": "the model's outputs stand for other labels",
     "problem_type": "the model's outputs mean something else",
@@ -104,6 +105,8 @@ def settings_that_must_match(config: TrainConfig) -> dict[str, Any]:
         "seed": config.run.seed,
         "train_weights": config.data.train_weights,
     }
+    if config.run.ddp_comm_hook != "no":  # as in checkpoints of earlier versions, which had none
+        must_match["ddp_comm_hook"] = config.run.ddp_comm_hook
     for name in ("stream_window", "stream_sharding") if config.data.streaming else ():
         must_match[name] = getattr(config.data, name)
     for name in ("validation_split", "test_split"):  # of files; else only other rows are scored

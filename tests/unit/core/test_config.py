@@ -525,7 +525,7 @@ FULL = [  # every setting has a value here in one of them
     "--early_stopping_patience 2 --early_stopping_threshold 0.1 --stop_before_time_limit 1 --rank_timeout 9",
     "--report_to tensorboard --tokenizer_name=t",
     "--model_revision=v1 --max_length 9 --dry_run",
-    "--torch_compile --cuda_graphs --verbose",
+    "--torch_compile --cuda_graphs --verbose --ddp_comm_hook bf16",
     "--test_split 0.1 --mixed_precision auto --freeze embeddings 4",
     "--test_split 0.1 --split_seed 7 --seeds 3",
     "--project p --run_name r --slice_column s --push_to_hub u/m --report",

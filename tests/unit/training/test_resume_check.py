@@ -152,6 +152,7 @@ def test_every_setting_of_the_tables_is_in_the_signature() -> None:
     signature = resume_signature(config, rows, rows, SingleLabel(("a", "b")), 3, DIGESTS)
     assert signature.may_change.keys() == MAY_CHANGE.keys()
     conditional = {"stream_window", "stream_sharding", "validation_split", "test_split"}
+    conditional.add("ddp_comm_hook")
     assert set(MUST_MATCH) - conditional <= signature.must_match.keys()
 
 
@@ -261,6 +262,7 @@ MATTERS = {  # flag -> another value
     "layerwise_lr_decay": "0.5",
     "seed": "3",
     "mixed_precision": "bf16",
+    "ddp_comm_hook": "bf16",
     "validation_split": "0.1",
     "test_split": "0.1",
 }
