@@ -49,7 +49,7 @@ def test_four_tasks_find_the_best_and_one_that_is_cancelled_touches_no_other(
     cluster: Cluster, tiny_model: Path, tmp_path: Path
 ) -> None:
     sweep = tmp_path / "sweep"
-    settings = {"learning_rate": None, "max_train_steps": 160, "eval_every": "80 steps"}
+    settings = {"learning_rate": None, "max_train_steps": 240, "eval_every": "120 steps"}
     settings |= {"save_every": "10 steps", "log_every": "50 steps", "metric_for_best_model": "loss"}
     words = words_of(tiny_model, sweep, write_split(tmp_path, 64, 64), **settings)
     words += ["--sampler", "grid", "--pruner", "none", "--try"]

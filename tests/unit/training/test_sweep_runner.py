@@ -206,6 +206,18 @@ def test_a_stop_saves_the_trials_and_the_next_start_continues_them(tmp_path: Pat
     assert sorted(sweep.starts) == list(range(10)) and RUNNING not in [x[1] for x in sweep.found()]
 
 
+@pytest.mark.parametrize(("reason", "state"), [("SIGTERM", RUNNING), ("", FAIL)])
+def test_a_trial_that_ends_as_the_sweep_is_stopped_has_not_failed(
+    tmp_path: Path, reason: str, state: Any
+) -> None:
+    """SLURM's TERM is for all processes: a launcher may end by it before the sweep looks."""
+    sweep = Sweep(tmp_path, trials=2, t0="the launcher was ended by SIGTERM")
+    ended = lambda: reason if sweep.running and not sweep.running[0].outcome else ""  # noqa: E731
+    sweep.runner(stop=ended).run()
+    assert sweep.search().trials[0].state == state
+    assert sweep.runner().run() and sweep.starts == ([0, 0, 1] if reason else [0, 1])
+
+
 def test_a_killed_trial_resumes(tmp_path: Path) -> None:
     expected, sweep = Sweep(tmp_path / "a"), Sweep(tmp_path / "b", t0=-9)
     assert expected.runner().run() and sweep.runner().run()
