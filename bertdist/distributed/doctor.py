@@ -21,7 +21,7 @@ from bertdist.core.terminal import Cell, print_error, show, show_table
 from bertdist.distributed import doctor_checks, shared_folder
 from bertdist.distributed.all_reduce import measure
 from bertdist.distributed.doctor_checks import AllReduce, Facts, Finding, Layout
-from bertdist.distributed.doctor_facts import facts_of, processes_of
+from bertdist.distributed.doctor_facts import SMI_SECONDS, facts_of, processes_of
 from bertdist.distributed.slurm_config import DoctorConfig
 from bertdist.distributed.task_exchange import Exchange, NotReached, Place, serve
 
@@ -130,7 +130,8 @@ def numbers_of_tasks(text: str) -> list[int]:
 def find(tasks: Exchange, config: DoctorConfig) -> Iterable[Finding]:
     """All findings, in the order of the table."""
     place, environ = tasks.place, os.environ
-    answers = tasks.ask("facts")
+    # nvidia-smi may take long where no program uses the GPUs.
+    answers = tasks.ask_each("facts", {x: {} for x in tasks.ranks}, config.wait + SMI_SECONDS)
     facts: list[Facts] = [answers[x].value for x in sorted(answers) if not answers[x].error]
     failed = {rank: x.error for rank, x in answers.items() if x.error}
     silent = [rank for rank in range(place.tasks) if rank not in answers]

@@ -242,11 +242,10 @@ def check_network(tasks: Sequence[Facts], several_hosts: bool) -> Iterable[Findi
 
 
 def _names(variable: str, given: str, name: str) -> bool:
-    """NCCL takes prefixes, and `=` before an exact name; gloo takes exact names."""
-    words = given.split(",")
-    if variable.startswith("GLOO"):
-        return name in words
-    return any(name == word[1:] if word[:1] == "=" else name.startswith(word) for word in words)
+    """NCCL takes prefixes, after a leading `=` exact names; gloo takes exact names."""
+    if variable.startswith("GLOO") or given.startswith("="):
+        return name in given.removeprefix("=").split(",")
+    return name.startswith(tuple(given.split(",")))
 
 
 def _shown_link(way: Mapping[str, Any]) -> str:

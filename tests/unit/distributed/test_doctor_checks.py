@@ -180,6 +180,8 @@ def test_cores_of_two_tasks() -> None:
         ("NCCL_SOCKET_IFNAME", "eth", True),
         ("NCCL_SOCKET_IFNAME", "=eth", False),
         ("NCCL_SOCKET_IFNAME", "=eth0,ib", True),
+        ("NCCL_SOCKET_IFNAME", "=ens0,ib", False),
+        ("NCCL_SOCKET_IFNAME", "ens,ib", True),
         ("NCCL_SOCKET_IFNAME", "^docker", True),
         ("NCCL_SOCKET_IFNAME", "ens", False),
         ("GLOO_SOCKET_IFNAME", "eth0", True),
