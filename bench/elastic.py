@@ -24,11 +24,12 @@ from pathlib import Path
 from typing import Any
 
 from bench.attempts import attempt, output_of_ranks
-from bench.faults import FaultTest, Scenario, difference, results_of
+from bench.faults import DATA, FaultTest, Scenario, difference, results_of
 from bertdist.core.terminal import show_table
 
 RANKS = (1, 2, 3, 4)
 CHAIN = (4, 2, 3, 1)
+ROWS_BY_FILE = 37  # of an epoch
 PREEMPTED = 75  # the exit code
 
 
@@ -116,12 +117,12 @@ def same_steps(faults: FaultTest, source: str) -> list[list[str]]:
     return rows
 
 
-def by_file(faults: FaultTest, rows_per_epoch: int) -> list[list[str]]:
+def by_file(faults: FaultTest) -> list[list[str]]:
     """Rows of the table for --stream_sharding by_file. Raises AssertionError."""
     elastic = Elastic(faults, "by_file")
-    rows = [["by_file", "n -> n, n = 1 to 4", "same", _same_number(elastic, 6), "bit-identical"]]
+    rows = [["by_file", "n -> n, n = 1 to 4", "same", _same_number(elastic, 8), "bit-identical"]]
     out = elastic.faults.folder / "refused"
-    assert elastic.start(4, 6, out) == PREEMPTED
+    assert elastic.start(4, 8, out) == PREEMPTED
     for other in (1, 2, 3):
         code = elastic.start(other, -1, out)
         assert code == 1 and "each in the middle of its own files" in output_of_ranks(out)
@@ -134,7 +135,7 @@ def by_file(faults: FaultTest, rows_per_epoch: int) -> list[list[str]]:
         last = ends[0] + ends[1]
         for begin, end in ((0, ends[0]), (ends[0], last)):
             seen = [row for step in range(begin, end) for row in steps[step]]
-            assert len(seen) == len(set(seen)) == rows_per_epoch, (pair, begin, len(seen))
+            assert len(seen) == len(set(seen)) == ROWS_BY_FILE, (pair, begin, len(seen))
         pairs += 1
     rows.append(["by_file", f"{pairs} other pairs, between epochs", "same per epoch", "", ""])
     return rows
@@ -151,17 +152,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m bench.elastic", description="Stopped and resumed on other ranks."
     )
-    parser.parse_args()
+    parser.add_argument(
+        "--data", nargs="+", choices=DATA, default=list(DATA), help="Of which rows."
+    )
+    args = parser.parse_args()
     os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     import bertdist.tasks.metrics
     import bertdist.train  # noqa: F401  before the ranks are forked
 
     with tempfile.TemporaryDirectory(prefix="elastic_") as name:
         faults, rows = FaultTest(Path(name) / "stage"), []
-        for source in ("map", "stream", "mixture"):
-            rows += same_steps(faults, source)
+        for source in args.data:
+            rows += by_file(faults) if source == "by_file" else same_steps(faults, source)
             print(f"{source}: done", file=sys.stderr, flush=True)
-        rows += by_file(faults, 37)
     header = ["data", "stopped on -> resumed on", "rows of each step", "loss of each step"]
     show_table("Other numbers of ranks", [*header, "last weights"], rows)
 

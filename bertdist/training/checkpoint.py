@@ -18,7 +18,8 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -227,7 +228,8 @@ class Checkpointer:
                 folder, state, self.accelerator.process_index, ranks
             )
             before = ResumeSignature(state["must_match"], state["may_change"])
-            changes = check_changes(folder, before, self.signature, train_state.step)
+            with _explain_steps_by_file(folder, state, ranks, self.signature):
+                changes = check_changes(folder, before, self.signature, train_state.step)
             load_tensors(model_tensors(model), read_tensors(folder / "model.safetensors"), folder)
             load_optimizer(model, optimizer, read_tensors(folder / "optimizer.safetensors"), folder)
             if self.accelerator.scaler is not None and state["scaler"]:
@@ -384,6 +386,27 @@ def reader_state_of_rank(
             " epoch (--save_every '1 epoch')."
         )
     return readers[rank % len(readers)]
+
+
+@contextmanager
+def _explain_steps_by_file(
+    folder: Path, state: dict[str, Any], ranks: int, now: ResumeSignature
+) -> Iterator[None]:
+    """Where other settings are refused: whether it is the number of ranks that makes other steps of
+    the same epochs.
+    """
+    try:
+        yield
+    except CheckpointError as error:
+        steps, own_steps = (x.get("total_steps") for x in (state["must_match"], now.must_match))
+        by_file = state["must_match"].get("stream_sharding") == "by_file"
+        if not by_file or state["ranks"] == ranks or steps == own_steps:
+            raise
+        raise CheckpointError(
+            f"{error} With --stream_sharding by_file, {state['ranks']} processes make {steps} steps"
+            f" of these epochs, and {ranks} make {own_steps}: --max_train_steps {steps} keeps the"
+            " length."
+        ) from None
 
 
 def apply_changes(state: TrainState, changes: list[Change], total_steps: int) -> TrainState:

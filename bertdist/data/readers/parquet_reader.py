@@ -44,6 +44,8 @@ def parquet_columns(
     """
     with _opened(name, open_seekable) as parquet:
         schema = parquet.schema_arrow
+        if not schema.names:
+            raise DataError(f"{name} has no columns.")
         names = _class_names((schema.metadata or {}).get(b"huggingface"))
         # the metadata may be older than a column, which has names or numbers of its own since
         codes = {field.name for field in schema if _has_codes(field.type)}
@@ -80,7 +82,7 @@ def read_parquet(
         ) as check:
             table = parquet.read(columns=list(wanted), use_threads=False)
             check(table)
-        _check_rows(name, "", rows, table.num_rows)
+        _check_rows(name, "all its row groups", rows, table.num_rows)
         table = table.slice(0, num_rows)
     columns: dict[str, Column] = {column: column_of(table, column) for column in wanted}
     return chunk_of_columns(name, columns, table.num_rows, {"group": 0, "row": 0})
@@ -167,8 +169,7 @@ def _check_rows(name: str, group: str, expected: int, found: int) -> None:
     """Raise DataError where the footer counts other rows than there are."""
     if found != expected:
         raise DataError(
-            f"{name} is damaged: {group or 'it'} has {found:,} rows, and its footer says "
-            f"{expected:,}."
+            f"{name} is damaged: {found:,} rows in {group}, and its footer says {expected:,}."
         )
 
 
@@ -180,6 +181,9 @@ def _opened(
         try:
             parquet = pa.parquet.ParquetFile(source, pre_buffer=False)
             names = list(parquet.schema_arrow.names)
+            about = parquet.metadata
+            groups = (about.row_group(group).num_rows for group in range(about.num_row_groups))
+            _check_rows(name, "all its row groups", about.num_rows, sum(groups))
         except UnicodeDecodeError as error:
             raise DataError(f"{name}: the name of a column is not UTF-8 ({error}).") from None
         for column in wanted:

@@ -279,6 +279,22 @@ def test_by_file_on_other_ranks_is_logged_or_refused(tmp_path: Path) -> None:
         run.restore(must_match=files)
 
 
+def test_by_file_the_steps_of_other_ranks_are_explained(tmp_path: Path) -> None:
+    run, settings = Run(tmp_path), {"stream_sharding": "by_file", "total_steps": 21}
+    run.checkpoints.signature = ResumeSignature(settings)
+    run.save(7, reader_state={"over": {"epoch": 1}})
+    with pytest.raises(CheckpointError, match=r"length\n.*or another --output_dir\.$"):
+        run.restore(must_match={**settings, "total_steps": 15})  # the control
+    with_state(tmp_path / "step_000007", lambda state: state.update(ranks=4))
+    with pytest.raises(
+        CheckpointError,
+        match=r"or another --output_dir\. With --stream_sharding by_file, 4 processes make 21 steps "
+        r"of these epochs, and 1 make 15: --max_train_steps 21 keeps the length\.$",
+    ):
+        run.restore(must_match={**settings, "total_steps": 15})
+    assert run.restore(must_match=settings) is not None
+
+
 def test_grad_scaler_is_restored(tmp_path: Path) -> None:
     class Scaler:
         def __init__(self, scale: float) -> None:

@@ -216,6 +216,12 @@ def nested(depth: int) -> bytes:
     return sink.getvalue()
 
 
+def of_no_columns() -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(pa.table({}), sink)
+    return sink.getvalue()
+
+
 HOSTILE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "truncated": (lambda good: good[: len(good) // 2], "cannot be read: Parquet magic bytes"),
     "empty": (lambda good: b"", "cannot be read: Parquet file size is 0 bytes"),
@@ -226,7 +232,11 @@ HOSTILE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     ),
     "footer of 0 bytes": (lambda good: good[:-8] + bytes(4) + b"PAR1", "cannot be read: "),
     "2^40 rows": (lambda good: with_footer(good, all_counts), "1,099,511,627,776"),
-    "2^40 rows in a group": (lambda good: with_footer(good, last_count), ""),
+    "2^40 rows in a group": (
+        lambda good: with_footer(good, last_count),
+        "is damaged: 1,099,511,627,776 rows in all its row groups, and its footer says 40.",
+    ),
+    "no columns": (lambda good: of_no_columns(), "x.parquet has no columns."),
     "nested": (lambda good: nested(200), "cannot be read: Parquet schema too deeply nested"),
     "encrypted": (lambda good: encrypted(False), "cannot be read: Could not read encrypted"),
     "encrypted columns": (lambda good: encrypted(True), "cannot be read: Cannot decrypt"),
