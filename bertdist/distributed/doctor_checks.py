@@ -318,6 +318,10 @@ def check_folder(
         yield Finding("folder", f"{who([rank])} cannot write to {folder}: {error}", "error", other)
         break
     if not (found.missing or found.unseen or found.unseen_here or found.unwritable):
+        if len(tasks) > 1 and not found.compared:
+            unknown = "not compared: no other task has answered"
+            yield Finding("folder", unknown, "warning", "Correct the errors first.")
+            return
         yield from _shared(found, tasks)
     if found.unlocked or found.lock_error:
         what = found.lock_error or f"{who(found.unlocked)} got a lock that {names[0]} holds"

@@ -21,8 +21,9 @@ FSYNCS = 5
 
 
 class FolderResult(NamedTuple):
-    """What was found; by rank. None: an answer is missing."""
+    """What was found, by rank."""
 
+    compared: int = 0  # tasks that have answered all questions, besides the first
     made: str = ""  # "" or why the first task cannot write
     missing: tuple[int, ...] = ()  # ranks without the folder
     unseen: tuple[int, ...] = ()  # ranks that do not see a new file of the first task
@@ -125,6 +126,7 @@ def _examine(tasks: Exchange, probe: str, wait: float) -> FolderResult:
     unseen_here = tuple(r for r in wrote if wait_for(each[r]["path"], str(r), wait) is None)
     unlocked, lock_error = _locks(tasks, ranks, path, margin)
     return FolderResult(
+        compared=len(wrote),
         missing=missing,
         unseen=unseen,
         unwritable=unwritable,

@@ -191,12 +191,14 @@ def create_server(port: int) -> socket.socket:
 def serve(place: Place, handlers: Handlers, wait: float) -> None:
     """Answer the first task until it ends. Raises NotReached."""
     channel = connect(place, wait)
-    with suppress(OSError, ValueError, KeyError):  # task 0 has ended, and said why
-        while True:
-            question = channel.receive(LONGEST_SILENCE)
-            answer = answer_of(handlers, question["do"], question["options"])
-            channel.send(list(answer), wait)
-    channel.close()
+    try:
+        with suppress(OSError, ValueError, KeyError):  # task 0 has ended, and said why
+            while True:
+                question = channel.receive(LONGEST_SILENCE)
+                answer = answer_of(handlers, question["do"], question["options"])
+                channel.send(list(answer), wait)
+    finally:
+        channel.close()
 
 
 def _is_greeted(channel: Channel, place: Place) -> bool:

@@ -11,7 +11,6 @@ import getpass
 import json
 import os
 import re
-import shlex
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -158,16 +157,13 @@ def folder_of_job(place: str, command: str) -> Path | None:
     """The run folder of a job, from its working folder and its command; None for one that is not of
     bertdist, Path() where its arguments do not say it.
     """
-    try:
-        script, *words = shlex.split(command)
-    except ValueError:
-        return None
-    path = Path(place, script)
-    if path.name == "job.slurm":
-        job = path.parent
+    if command.endswith("/job.slurm"):  # a path without arguments, in which squeue quotes nothing
+        job = Path(place, command).parent
         if not (job / JOB_FILE).is_file():
             return None
         return job if job.suffix == f".{SLURM}" else job.parent
+    script, *words = command.split() or [""]
+    path = Path(place, script)
     if path.name not in SCRIPTS:
         return None
     given = {}

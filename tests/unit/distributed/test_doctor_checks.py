@@ -74,7 +74,7 @@ def test_a_right_allocation_is_all_ok() -> None:
             *check_network(tasks, True),
             *check_versions(tasks),
             *check_clocks({"node2": -0.4}),
-            *check_folder(FolderResult(seconds=0.1, fsync=0.01), tasks, "/shared", 30),
+            *check_folder(FolderResult(compared=1, seconds=0.1, fsync=0.01), tasks, "/shared", 30),
         ]
         assert bad(findings) == [] and len(findings) == 10
 
@@ -243,18 +243,26 @@ def test_versions() -> None:
             "task 1 (node2) cannot write to /shared: OS",
         ),
         (
-            FolderResult(seconds=31.0),
+            FolderResult(compared=1, seconds=31.0),
             "warning",
             "nfs4, the same on all; a new file is seen after 31 s",
         ),
-        (FolderResult(replaced=None), "warning", "nfs4; a replaced file is still the old one"),
-        (FolderResult(fsync=0.7), "warning", "700 ms"),
         (
-            FolderResult(unlocked=(1,)),
+            FolderResult(compared=1, replaced=None),
+            "warning",
+            "nfs4; a replaced file is still the old one",
+        ),
+        (FolderResult(compared=1, fsync=0.7), "warning", "700 ms"),
+        (
+            FolderResult(compared=1, unlocked=(1,)),
             "warning",
             "task 1 (node2) got a lock that task 0 (node1) holds",
         ),
-        (FolderResult(lock_error="No locks available"), "warning", "No locks available"),
+        (
+            FolderResult(compared=1, lock_error="No locks available"),
+            "warning",
+            "No locks available",
+        ),
     ],
 )
 def test_folders(found: FolderResult, level: str, result: str) -> None:

@@ -2,8 +2,10 @@
 
 import fcntl
 import os
+import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +29,12 @@ def examine(
     with create_server(0) as probe:
         port = probe.getsockname()[1]
     place = Place(0, 2, "127.0.0.1", min(port, 65000), "test")
-    task = threading.Thread(
-        target=serve, args=(place._replace(rank=1), {**HANDLERS, **other}, 10.0)
-    )
+
+    def answer() -> None:
+        with suppress(SystemExit):  # of a task that ends
+            serve(place._replace(rank=1), {**HANDLERS, **other}, 10.0)
+
+    task = threading.Thread(target=answer)
     task.start()
     try:
         with Exchange(place, HANDLERS, 10.0) as tasks:
@@ -52,7 +57,7 @@ def test_a_shared_folder(tmp_path: Path) -> None:
     assert not (
         found.made or found.missing or found.unseen or found.unwritable or found.unseen_here
     )
-    assert found.unlocked == () and found.lock_error == ""
+    assert found.compared == 1 and found.unlocked == () and found.lock_error == ""
     assert found.replaced is not None and 0 <= found.seconds < 0.3 and found.fsync > 0
     assert list(tmp_path.iterdir()) == []
 
@@ -78,6 +83,11 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
         raise OSError(30, "Read-only file system")
 
     assert "Read-only" in examine(tmp_path, {"write": read_only}).unwritable[1]
+
+
+def test_a_task_that_ends_meanwhile_is_not_compared(tmp_path: Path) -> None:
+    found = examine(tmp_path, {"look": lambda path: sys.exit()})
+    assert found.compared == 0 and found.unseen == ()
 
 
 def test_a_stale_file_is_seen(tmp_path: Path) -> None:

@@ -117,16 +117,15 @@ def test_folders_and_folders_of_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_the_folder_of_a_job_in_the_queue(tmp_path: Path) -> None:
-    out = make_run(tmp_path / "my out", "7")
+    out = make_run(tmp_path / "it's my out", "7")
     (tmp_path / "run.yaml").write_text("output_dir: from_file\n")
     place = str(tmp_path)
-    script = f"'{out}/slurm/job.slurm'"
-    assert folder_of_job("/", script) == out
+    assert folder_of_job("/", f"{out}/slurm/job.slurm") == out
     assert folder_of_job(place, "launch/train.slurm --output_dir=x --seed 3") == tmp_path / "x"
     assert folder_of_job(place, "/a/multi_node.slurm --seed 3 --output-dir x") == tmp_path / "x"
     assert folder_of_job(place, "launch/train.slurm --config run.yaml") == tmp_path / "from_file"
     assert folder_of_job(place, "launch/predict.slurm --model m") == Path()
-    for other in ("train.sh --output_dir x", "(null)", "elsewhere/job.slurm", "a 'b"):
+    for other in ("train.sh --output_dir x", "(null)", "elsewhere/job.slurm", "a 'b", ""):
         assert folder_of_job(place, other) is None
 
 
