@@ -5,8 +5,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
-pytest.importorskip("slurm.cluster", reason="needs the cluster of tests/slurm/cluster.py")
 from slurm.cluster import Cluster
 
 DOCTOR = [sys.executable, "-m", "bertdist", "slurm", "doctor", "--wait=20"]

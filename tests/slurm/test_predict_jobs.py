@@ -6,14 +6,12 @@ from pathlib import Path
 
 import pytest
 from model_folders import make_run
+from slurm.cluster import SECONDS, Cluster
 
 from bertdist.core.args import read_predict_config
 from bertdist.core.partial_file import partial_paths
 from bertdist.predict import ROWS_PER_WINDOW
 from bertdist.predict import run as predict
-
-pytest.importorskip("slurm.cluster", reason="needs the cluster of tests/slurm/cluster.py")
-from slurm.cluster import SECONDS, Cluster
 
 ROWS = 100_000
 WORDS = (

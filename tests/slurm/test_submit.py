@@ -5,10 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 from rows import words_of, write_split
-
-pytest.importorskip("slurm.cluster", reason="needs the cluster of tests/slurm/cluster.py")
 from slurm.cluster import Cluster, Job
 
 

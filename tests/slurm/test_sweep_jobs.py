@@ -3,9 +3,9 @@
 import re
 from pathlib import Path
 
-import pytest
 import yaml
 from rows import json_of, words_of, write_split
+from slurm.cluster import Cluster, Job, until
 
 from bertdist.core.args import read_config
 from bertdist.train import run as train
@@ -16,9 +16,6 @@ from bertdist.training.trial_runs import (
     read_evaluations,
     trial_folder,
 )
-
-pytest.importorskip("slurm.cluster", reason="needs the cluster of tests/slurm/cluster.py")
-from slurm.cluster import Cluster, Job, until
 
 RATES = (3e-3, 1e-3, 3e-4, 1e-4)
 STARTS = re.compile(r"^Trial (\d+)(?:, from step (\d+))?: learning_rate", re.MULTILINE)
