@@ -41,7 +41,7 @@ from bertdist.core.atomic_io import atomic_write, explain_write_errors, read_jso
 from bertdist.core.config import PredictConfig, TrainConfig
 from bertdist.core.errors import BertdistError, ConfigError, did_you_mean
 from bertdist.core.flags import flag_name, flags_of
-from bertdist.core.output_files import JOB_FILE, SLURM
+from bertdist.core.output_files import JOB_FILE, JOB_SCRIPT, SLURM
 from bertdist.core.slurm import NoSlurm, call_slurm, is_time_limit, job_view
 from bertdist.core.slurm_script import job_script, read_options, template_options
 from bertdist.core.terminal import exit_with_error, show
@@ -61,7 +61,7 @@ from bertdist.sweep import check_start as check_sweep
 from bertdist.training.resume_check import check_start as check_train
 
 ACTIONS = ("submit", "status", "doctor")
-SCRIPT, CONFIG = "job.slurm", "config.yaml"
+CONFIG = "config.yaml"
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "numpy")
 EXIT_INTERRUPTED = 130
 
@@ -277,7 +277,7 @@ def _reject_active(folder: Path) -> None:
     if not job:
         return
     try:
-        view = job_view(str(job))
+        view = job_view(str(job), folder / JOB_SCRIPT)
     except NoSlurm:
         view = None  # sbatch says it; --dry_run needs none
     if view is not None and view.is_active:
@@ -323,9 +323,9 @@ def write_job(job: Submission, folder: Path) -> tuple[Path, dict[str, Any]]:
         ],
     )
     atomic_write(config, config_yaml(job.config).encode())
-    atomic_write(folder / SCRIPT, script.encode())
+    atomic_write(folder / JOB_SCRIPT, script.encode())
     atomic_write(folder / JOB_FILE, to_json(facts, indent=1))
-    return folder / SCRIPT, facts
+    return folder / JOB_SCRIPT, facts
 
 
 def sbatch_options(job: Submission, template: str, folder: Path) -> dict[str, str]:

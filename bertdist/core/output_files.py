@@ -47,7 +47,7 @@ WRITTEN = (
     *("probabilities.parquet", "test_probabilities.parquet", "report.html", TRACKER),
 )
 # What `bertdist slurm submit` writes into a run's folder before the run, or beside predictions.
-SLURM, JOB_FILE = "slurm", "job.json"
+SLURM, JOB_FILE, JOB_SCRIPT = "slurm", "job.json", "job.slurm"
 # What runs and evaluations write of scored rows.
 RESULT_FILES = (*("evaluation.json", "predictions.jsonl", "errors.jsonl", "probabilities.parquet"),)
 # The page of a run or an evaluation, and the line in it by which bertdist knows its own.

@@ -7,12 +7,14 @@ A job is asked for with scontrol, which knows it until MinJobAge (5 minutes by d
 end, then with sacct, where the cluster keeps accounts. Every call has a time limit.
 """
 
+import os
 import re
 import subprocess
 import time
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import NamedTuple
 
 from bertdist.core.errors import BertdistError
@@ -71,10 +73,10 @@ def error_text(stderr: str) -> str:
     return "; ".join(dict.fromkeys(filter(None, lines)))
 
 
-def job_view(job: str, now: float | None = None) -> JobView | None:
+def job_view(job: str, script: Path | None = None) -> JobView | None:
     """Of a job or an array, by its id; None where SLURM does not know it (any more).
 
-    Raises SlurmError.
+    script: of the job, if known: on another cluster the same id is another job. Raises SlurmError.
     """
     try:
         records = [read_record(x) for x in _lines("scontrol", "show", "job", "--oneliner", job)]
@@ -84,7 +86,11 @@ def job_view(job: str, now: float | None = None) -> JobView | None:
         if UNKNOWN_JOB not in str(error):
             raise
         return _accounted(job)
-    return view_of([x for x in records if x.get("JobState")], now)
+    known = [x for x in records if x.get("JobState")]
+    if script is not None:
+        path = os.path.realpath(script)
+        known = [x for x in known if os.path.realpath(x.get("Command", path)) == path]
+    return view_of(known)
 
 
 def view_of(records: list[dict[str, str]], now: float | None = None) -> JobView | None:

@@ -7,6 +7,7 @@ others (all_reduce.py).
 """
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -74,9 +75,12 @@ def start_step(config: DoctorConfig) -> int:
         *(f"--bandwidth={config.bandwidth}", f"--wait={config.wait}"),
     ]
     limit = 10 * config.wait + 2 * TORCH_SECONDS
+    columns = {"COLUMNS": str(shutil.get_terminal_size().columns)}  # behind srun is no terminal
     sys.stdout.flush()
     try:
-        return subprocess.run(command, timeout=limit, check=False).returncode
+        return subprocess.run(
+            command, env={**os.environ, **columns}, timeout=limit, check=False
+        ).returncode
     except FileNotFoundError:
         raise ConfigError("There is no command srun here: load the module of SLURM.") from None
     except subprocess.TimeoutExpired:

@@ -20,7 +20,7 @@ import yaml
 
 from bertdist.core.atomic_io import read_json_object
 from bertdist.core.errors import ConfigError
-from bertdist.core.output_files import JOB_FILE, SLURM, STATUS, is_run_folder
+from bertdist.core.output_files import JOB_FILE, JOB_SCRIPT, SLURM, STATUS, is_run_folder
 from bertdist.core.slurm import JobView, NoSlurm, SlurmError, job_view, own_jobs, plain_time
 from bertdist.core.terminal import show, show_table
 from bertdist.tasks.metric_names import LOWER_IS_BETTER, selected_score
@@ -40,6 +40,7 @@ class Target(NamedTuple):
     folder: Path | None  # of a run or a sweep; None where a job does not say it
     job: str  # "" where none was submitted by `bertdist slurm submit`
     name: str  # as shown
+    script: Path | None = None  # of the job, where it was submitted so
 
 
 class Progress(NamedTuple):
@@ -62,7 +63,7 @@ def show_status(folders: Sequence[str] | None) -> None:
         view, is_asked = None, False
         if target.job:
             try:
-                view, is_asked = job_view(target.job), True
+                view, is_asked = job_view(target.job, target.script), True
             except NoSlurm as error:
                 notes[f"{str(error).split(':')[0]}: job states are not known."] = None
             except SlurmError as error:
@@ -138,7 +139,8 @@ def _job_file(folder: Path) -> Path:
 
 def _target(folder: Path, name: str = "") -> Target:
     job = read_json_object(_job_file(folder)).get("job_id")
-    return Target(folder, str(job or ""), name or _short(folder))
+    script = _job_file(folder).absolute().with_name(JOB_SCRIPT)
+    return Target(folder, str(job or ""), name or _short(folder), script)
 
 
 def targets_in_queue() -> Iterable[Target]:
@@ -157,7 +159,9 @@ def folder_of_job(place: str, command: str) -> Path | None:
     """The run folder of a job, from its working folder and its command; None for one that is not of
     bertdist, Path() where its arguments do not say it.
     """
-    if command.endswith("/job.slurm"):  # a path without arguments, in which squeue quotes nothing
+    if command.endswith(
+        f"/{JOB_SCRIPT}"
+    ):  # a path without arguments, in which squeue quotes nothing
         job = Path(place, command).parent
         if not (job / JOB_FILE).is_file():
             return None

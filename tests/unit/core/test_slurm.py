@@ -1,6 +1,7 @@
 """SLURM's answers, as version 22.05 prints them."""
 
 import time
+from pathlib import Path
 
 import pytest
 
@@ -91,6 +92,14 @@ def test_a_controller_that_is_away_is_not_a_forgotten_job(
     answers(monkeypatch, scontrol=error)
     with pytest.raises(type(error), match=str(error)):
         job_view("7")
+
+
+def test_the_same_id_may_be_another_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers(
+        monkeypatch, scontrol=f"{PENDING} Command=/home/me/it's out/slurm/job.slurm WorkDir=/\n"
+    )
+    assert job_view("8", Path("/home/me/it's out/slurm/job.slurm")) == job_view("8") is not None
+    assert job_view("8", Path("/home/me/out/slurm/job.slurm")) is None
 
 
 def test_jobs_of_a_user_have_an_array_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -156,7 +156,9 @@ def test_the_table(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     make_run(Path("out"), "7")
-    monkeypatch.setattr(slurm_status, "job_view", lambda job: JobView("RUNNING", True, 3600.0, 1))
+    monkeypatch.setattr(
+        slurm_status, "job_view", lambda job, script: JobView("RUNNING", True, 3600.0, 1)
+    )
     lines = table(capsys, monkeypatch, "out", width=width)
     assert max(map(len, lines)) <= width
     text = " ".join(" ".join(lines).split())
@@ -184,7 +186,7 @@ def test_without_slurm_the_run_is_shown(
     monkeypatch.chdir(tmp_path)
     make_run(Path("out"), "7")
 
-    def no_answer(job: str) -> JobView:
+    def no_answer(job: str, script: Path) -> JobView:
         raise error
 
     monkeypatch.setattr(slurm_status, "job_view", no_answer)
