@@ -183,6 +183,8 @@ def flags_of(program: str) -> frozenset[str]:
     sections: set[Any] = set(COMMANDS[program].sections)
     if program in ("check", "sweep", "slurm"):  # they take the flags of training too
         sections |= {*COMMANDS["train"].sections, LabelIssueConfig}
+    if program == "slurm":  # it submits these commands
+        sections |= {*COMMANDS["predict"].sections, *COMMANDS["sweep"].sections}
     return frozenset(
         f"--{field.name.rstrip('_')}"
         for section in sections

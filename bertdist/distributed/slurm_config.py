@@ -91,7 +91,7 @@ class SubmitConfig(Section):
     max_restarts: int | None = setting(
         None,
         "How often SLURM may start the job again (MAX_RESTARTS): after its time limit, preemption, "
-        "and a lost rank or node. A job without progress is never started again. Default: 100.",
+        "and a lost rank or node. A job that makes no progress is not. Default: 100.",
         brief="How often it may be restarted, default 100",
     )
     sbatch: str | None = setting(
