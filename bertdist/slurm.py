@@ -314,7 +314,7 @@ def write_job(job: Submission, folder: Path) -> tuple[Path, dict[str, Any]]:
     script = job_script(
         text,
         options,
-        before=_lines_before(job.options),
+        before=_lines_before(job.options, folder),
         arguments=["--config", str(config)],
         about=[
             f"Written by bertdist {bertdist.__version__}, {facts['written']}, in {os.getcwd()}:",
@@ -347,14 +347,15 @@ def sbatch_options(job: Submission, template: str, folder: Path) -> dict[str, st
     return {**template_options(template), **own, **read_options(given.sbatch or "")}
 
 
-def _lines_before(options: SubmitConfig) -> list[str]:
-    """The shell of the job: this folder, this Python, the knobs of the scripts, --setup."""
+def _lines_before(options: SubmitConfig, folder: Path) -> list[str]:
+    """The shell of the job: this folder, this Python, the variables of the scripts, --setup."""
     knobs = {"MAX_RESTARTS": options.max_restarts, "NPROC_PER_NODE": options.nproc_per_node}
     python = shlex.quote(os.path.dirname(os.path.abspath(sys.executable)))
     return [
         "",
         f"cd {shlex.quote(os.getcwd())} || exit 1",
         f'export PATH={python}:"$PATH"',
+        f'export LOG_DIR={shlex.quote(str(folder))}/"$SLURM_JOB_ID"',  # of each process
         *(f"export {name}={value}" for name, value in knobs.items() if value is not None),
         *(options.setup or "").splitlines(),
     ]

@@ -99,6 +99,8 @@ def place_in_step(environ: Mapping[str, str]) -> Place:
     attempt = environ.get("SLURM_RESTART_COUNT", "0")
     address = environ.get("MAIN_PROCESS_IP") or (hosts_of(environ) or [socket.gethostname()])[0]
     port = 20000 + (job + 131 * (int(attempt) if attempt.isdecimal() else 0)) % 10000
+    given = environ.get("MAIN_PROCESS_PORT", "")
+    port = int(given) if given.isdecimal() and 0 < int(given) < 1 << 16 else port
     return Place(rank, tasks, address, port, f"bertdist doctor {job}.{environ['SLURM_STEP_ID']}")
 
 

@@ -50,8 +50,8 @@ bandwidth of the all-reduce. Exit code 1 where something is wrong, with what to 
   srun bertdist slurm doctor --folder /shared/me    # with options of your own
 
 The scripts in launch/ expect one task per node, which starts a process per GPU; where srun \
-itself starts the ranks, give --tasks_per_node. NPROC_PER_NODE, MAIN_PROCESS_IP and \
-OMP_NUM_THREADS are read as launch/train.slurm reads them."""
+itself starts the ranks, give --tasks_per_node. NPROC_PER_NODE, MAIN_PROCESS_IP, \
+MAIN_PROCESS_PORT and OMP_NUM_THREADS are read as launch/train.slurm reads them."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -179,6 +179,7 @@ def test_a_submission(folder: Path, sbatch: Path, capsys: pytest.CaptureFixture[
     for line in (
         *("#SBATCH --nodes=2", "#SBATCH --gpus-per-node=a100:4", "#SBATCH --qos=high"),
         *("#SBATCH --requeue", "#SBATCH --job-name=out", f"#SBATCH --output={job}/%j.log"),
+        f'export LOG_DIR={job}/"$SLURM_JOB_ID"',
         *("export MAX_RESTARTS=20", "module load cuda", f"set -- --config {job}/config.yaml"),
     ):
         assert lines.count(line) == 1, line

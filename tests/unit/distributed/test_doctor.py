@@ -44,6 +44,7 @@ def test_the_place_is_that_of_a_launch() -> None:
     environ = {**STEP, "MAIN_PROCESS_IP": "10.1.2.3", "SLURM_RESTART_COUNT": "2"}
     place = place_in_step(environ)
     assert place[:4] == (2, 4, "10.1.2.3", 20000 + (12345 + 2 * 131) % 10000)
+    assert place_in_step({**environ, "MAIN_PROCESS_PORT": "29500"}).port == 29500
     assert place.token != place_in_step({**environ, "SLURM_STEP_ID": "4"}).token
     with pytest.raises(ConfigError, match="SLURM_PROCID"):
         place_in_step({"SLURM_JOB_ID": "1"})
