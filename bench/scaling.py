@@ -10,6 +10,7 @@
    (https://arxiv.org/abs/1802.05799), 4 bytes per weight; latency is left out. DDP sends gradients
    as they are computed, so they overlap with the backward pass, two thirds of a step's operations,
    as far as it lasts; all but the embeddings' gradient, which comes last (a fifth of BERT-base's).
+   `python -m bench.network` compares this with two ranks on networks of known rates.
 """
 
 import argparse
@@ -355,7 +356,8 @@ def compute(args: argparse.Namespace, words: Sequence[str]) -> tuple[str, dict[s
         f"({shape.embedding_weights / shape.weights:.0%} of the bytes) comes last and overlaps "
         "with nothing, the rest overlaps with the backward pass. Last column: rows of this length "
         "per rank (a power of two) from which the all-reduce leaves "
-        f"{TARGET_EFFICIENCY:.0%} of the time to computing.",
+        f"{TARGET_EFFICIENCY:.0%} of the time to computing. Section 'Slow networks' compares this "
+        "model with measured steps.",
         step_table(found, shape, cluster),
         f"Not computed, as these texts do not fill one step: {short}." if short else "",
     ]
