@@ -13,10 +13,12 @@ The gradient does not depend on any of this: it is a sum over the step's rows.
 """
 
 import heapq
+import os
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -220,7 +222,7 @@ def iterate_loader(
         # Forked workers share the rows instead of copying them.
         multiprocessing_context="fork" if workers else None,
         collate_fn=_identity,
-        worker_init_fn=ignore_stop_signals,
+        worker_init_fn=partial(_start_worker, os.getpid()),
         pin_memory=pin,
         # The default is the global generator, which dropout uses.
         generator=torch.Generator(),
@@ -229,6 +231,15 @@ def iterate_loader(
         if isinstance(step, BertdistError):
             raise step
         yield step
+
+
+def _start_worker(parent: int, worker: int) -> None:
+    """Ignore stop signals; exit if the parent is dead already, which torch takes for another parent
+    and then never ends.
+    """
+    ignore_stop_signals(worker)
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 def _start_workers(loader: DataLoader[Any]) -> Iterator[Any]:

@@ -1,11 +1,13 @@
 """Rows of several sources in given shares: what adds up, what repeats, what is a function of the seed alone."""
 
+import os
 from collections import Counter
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bertdist.data import sharding
 from bertdist.data.sharding import mixed_epoch_order, rows_per_source
 
 WEIGHTS = st.lists(st.floats(0.001, 1000), min_size=1, max_size=5)
@@ -64,3 +66,14 @@ def test_weights_that_are_not_kept_are_seen() -> None:
 
     times = Counter(np.random.default_rng(0).integers(0, 12, 48).tolist())
     assert max(times[row] for row in range(12)) - min(times[row] for row in range(12)) > 1
+
+
+@pytest.mark.parametrize(("other", "status"), [(0, 7), (1, 1)])
+def test_a_worker_whose_parent_has_died_before_it_began_ends(other: int, status: int) -> None:
+    """torch's own watchdog compares with the parent of that moment, and would never see it."""
+    parent = os.getpid() + other
+    pid = os.fork()
+    if pid == 0:
+        sharding._start_worker(parent, 0)
+        os._exit(7)  # the control: it goes on
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == status
