@@ -33,13 +33,13 @@ WORDS = "a an and bad best but dull film fine fun good great is it movie not of 
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files of tests/runs, which mostly wait, by turns with files of tests/ranks, which mostly compute; then all others.
+    """Files of tests/runs and tests/slurm, which mostly wait, by turns with files of tests/ranks, which mostly compute; then all others.
 
     Processes take files in this order (setup.cfg).
     """
     turns: dict[Path, tuple[int, int]] = {}
     for path in dict.fromkeys(item.path for item in items):
-        slow = path.parent.name in ("runs", "ranks")
+        slow = path.parent.name in ("runs", "ranks", "slurm")
         number = sum(other.parent == path.parent for other in turns) if slow else len(items)
         turns[path] = (number, len(turns))
     items.sort(key=lambda item: turns[item.path])

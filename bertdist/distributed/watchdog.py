@@ -432,6 +432,7 @@ class Watchdog:
         rank_0_is_dead = any(x.rank == 0 for x in self._dead(self.files.others()))
         if self.rank == 0 or (report.should_print and rank_0_is_dead):
             status = {"state": "failed", "step": self._step(), "reason": report.text}
+            status["cause"] = report.kind
             with suppress(BertdistError):
                 atomic_write(self.folder / "status.json", to_json(status))
 

@@ -35,7 +35,7 @@ from bertdist.core.atomic_io import (
     to_json,
 )
 from bertdist.core.config import DataConfig, TrainConfig, config_to_yaml, finished_yaml
-from bertdist.core.errors import CheckpointError, ConfigError
+from bertdist.core.errors import CheckpointError, ConfigError, RankLost
 from bertdist.distributed.collectives import raise_on_all_ranks
 from bertdist.distributed.launch import PACKAGES, package_version
 from bertdist.distributed.watchdog import open_watchdog
@@ -133,7 +133,9 @@ class RunLogger:
         if error is not None and self._running_since is not None:
             # A full or lost disk is what ended the run then, and that error is on its way.
             with suppress(CheckpointError):
-                self.status("failed", self._running_since, str(error) or type(error).__name__)
+                reason = str(error) or type(error).__name__
+                cause = "lost" if isinstance(error, RankLost) else "error"
+                self.status("failed", self._running_since, reason, cause)
 
     def say(self, *lines: str) -> None:
         """Show lines."""
@@ -372,13 +374,16 @@ class RunLogger:
             epoch = scores.pop("epoch")
             self.screen.evaluations.append(Evaluated(int(entry["step"]), epoch, scores))
 
-    def status(self, state: str, step: int, reason: str = "") -> None:
+    def status(self, state: str, step: int, reason: str = "", cause: str = "") -> None:
         """Write status.json for the script that started the run. state: running, finished,
-        preempted or failed.
+        preempted or failed. cause of a failure: "error", which would come again; "lost", a rank;
+        of the watchdog also "hang".
         """
         self._running_since = step if state == "running" else None
         if self.enabled:
             status = {"state": state, "step": step, "reason": reason}
+            if cause:
+                status["cause"] = cause
             atomic_write(self.folder / "status.json", json.dumps(status).encode() + b"\n")
 
     @property

@@ -231,7 +231,7 @@ COMMANDS = {
     "srun": """
         while [[ $1 == --* ]]; do shift; done
         [[ $1 == true ]] && exit ${FAKE_LOST:-0}
-        SLURM_PROCID=0 exec "$@" """,
+        SLURM_PROCID=0 SLURMD_NODENAME=node7 exec "$@" """,
     "accelerate": """
         echo "$*" >>"$FAKE/accelerate"
         echo "${OMP_NUM_THREADS} ${ACCELERATE_USE_CPU:-}" >>"$FAKE/accelerate.env"
@@ -240,9 +240,10 @@ COMMANDS = {
             until [[ -e $FAKE/scancel ]]; do sleep 0.05; done
         fi
         if [[ ${FAKE_STATE:-} ]]; then
-            status='{"state": "'$FAKE_STATE'", "step": '${FAKE_STEP:-10}'}'
+            status='{"state": "'$FAKE_STATE'", "step": 10, "cause": "'${FAKE_CAUSE:-}'"}'
             echo "$status" >"$FAKE/out/status.json"
         fi
+        mkdir -p "$FAKE/out/checkpoints/step_${FAKE_STEP:-10}"
         if [[ ${FAKE_PARTIAL:-} ]]; then echo "$FAKE_PARTIAL" >"$FAKE/partial.json"; fi
         exit ${FAKE_CODE:-0}""",
     "scancel": 'echo "$*" >>"$FAKE/scancel"',
@@ -354,6 +355,9 @@ def test_a_job_launches_one_process_per_gpu(
     out, _ = run.communicate(timeout=SECONDS)
     assert run.returncode == 0, out
     words = f"launch --machine_rank 0 --config_file accelerate_configs/{config}.yaml"
+    if processes > 1:
+        logs = "--tee 3 --role node7. --log_dir bertdist-123456/attempt_0/node7"
+        words = words.replace("--config", f"{logs} --config")
     words += f" --num_machines {nodes} --num_processes {processes}"
     words += " --main_process_ip node7 --main_process_port 23456"
     assert slurm.record("accelerate") == f"{words} bertdist/train.py --output_dir a b\n"
@@ -367,35 +371,112 @@ def test_every_attempt_has_another_port(slurm: FakeSlurm) -> None:
     assert "--main_process_port 23718 " in slurm.record("accelerate")
 
 
-# status.json, the launcher's exit code -> the job's exit code, whether it is requeued
+# name, state of status.json and what ended it, newest checkpoint (5 before), exit code of the launcher,
+# the job's environment -> exit code of the job, requeued, what is said
+LAST = {"MAX_RESTARTS": "2", "SLURM_RESTART_COUNT": "2"}
 ENDS = [
-    ("finished", 0, 0, False),
-    ("finished", 1, 0, False),  # a signal that comes after the end changes nothing
-    ("preempted", 1, 0, True),
-    ("failed", 1, 1, False),
-    ("running", 1, 1, False),  # killed
-    ("", 1, 1, False),  # it did not begin
-    ("", 0, 1, False),
+    ("finished", "finished", "", 10, 0, {}, 0, False, "finished"),
+    # a signal that comes after the end changes nothing
+    ("finished late", "finished", "", 10, 1, {}, 0, False, "finished"),
+    ("preempted", "preempted", "", 10, 1, {}, 0, True, "restart 1 of at most 100"),
+    ("no step", "preempted", "", 5, 1, {}, 1, False, "no progress since step 5: not requeued"),
+    ("by SLURM", "preempted", "", 5, 1, {"FAKE_PREEMPTED": "2026-11-27T11:17:00"}, 0, True, ""),
+    ("error", "failed", "error", 10, 1, {}, 1, False, "would meet the same error"),
+    ("lost", "failed", "lost", 10, 1, {}, 0, True, "restart 1"),
+    ("hang", "failed", "hang", 10, 1, {}, 0, True, "restart 1"),
+    ("lost at once", "failed", "lost", 5, 1, {}, 1, False, "no progress since step 5"),
+    ("killed", "running", "", 10, 1, {}, 0, True, "restart 1"),
+    ("killed at once", "running", "", 5, 1, {}, 1, False, "no progress since step 5"),
+    ("it did not begin", "", "", 5, 1, {}, 1, False, "state none"),
+    ("nothing, and no error", "", "", 5, 0, {}, 1, False, "state none"),
+    ("limit", "preempted", "", 10, 1, LAST, 1, False, "restarted 2 times (MAX_RESTARTS)"),
+    ("below it", "preempted", "", 10, 1, {**LAST, "SLURM_RESTART_COUNT": "1"}, 0, True, "2 of at"),
 ]
 
 
-@pytest.mark.parametrize(("state", "code", "ends", "requeued"), ENDS)
-def test_a_job_is_requeued_only_if_training_was_preempted(
-    slurm: FakeSlurm, state: str, code: int, ends: int, requeued: bool
+@pytest.mark.parametrize(
+    ("state", "cause", "step", "code", "job", "ends", "requeued", "said"),
+    [pytest.param(*case, id=name) for name, *case in ENDS],
+)
+def test_a_job_is_requeued_if_it_can_go_on(
+    slurm: FakeSlurm,
+    state: str,
+    cause: str,
+    step: int,
+    code: int,
+    job: dict[str, str],
+    ends: int,
+    requeued: bool,
+    said: str,
 ) -> None:
-    (slurm.folder / "out/status.json").write_text(
-        '{"state": "preempted", "step": 5}'
-    )  # of an earlier attempt: it must be ignored
-    out, _ = (run := slurm.job("train.slurm", FAKE_STATE=state, FAKE_CODE=str(code))).communicate(
-        timeout=SECONDS
-    )
+    before = '{"state": "preempted", "step": 5}'  # of an earlier attempt: it must be ignored
+    (slurm.folder / "out/status.json").write_text(before)
+    (slurm.folder / "out/checkpoints/step_5").mkdir(parents=True)
+    fake = {"FAKE_STATE": state, "FAKE_CAUSE": cause, "FAKE_CODE": str(code)}
+    run = slurm.job("train.slurm", **fake, FAKE_STEP=str(step), **job)
+    out, _ = run.communicate(timeout=SECONDS)
     assert (run.returncode, slurm.record("requeue")) == (ends, "123456\n" if requeued else ""), out
+    assert said in out
+
+
+@pytest.mark.parametrize("fold", ["folds/2", "seeds/43"])
+def test_a_job_of_several_runs_is_judged_by_the_newest(slurm: FakeSlurm, fold: str) -> None:
+    """--folds and --seeds: each has a folder of its own, and --output_dir has no status.json."""
+    for name, state, step in (("1", "finished", 40), (fold.split("/")[1], "preempted", 10)):
+        run = slurm.folder / "out" / fold.split("/")[0] / name
+        (run / "checkpoints" / f"step_{step}").mkdir(parents=True)
+        (run / "status.json").write_text(f'{{"state": "{state}", "step": {step}}}')
+        os.utime(run / "status.json", (step, 1000 - step))
+    # an attempt that saves another step of the second, and one that finishes it
+    text = f"""
+        mkdir -p "$FAKE/out/{fold}/checkpoints/step_$FAKE_STEP"
+        echo '{{"state": "'$FAKE_STATE'", "step": '$FAKE_STEP'}}' >"$FAKE/out/{fold}/status.json"
+        exit $FAKE_CODE"""
+    (slurm.folder / "bin" / "accelerate").write_text(f"#!/bin/bash\n{textwrap.dedent(text)}\n")
+    for state, step, code, ends, requeued in (
+        ("preempted", "20", "1", 0, "123456\n"),
+        ("preempted", "20", "1", 1, ""),
+        ("finished", "40", "0", 0, ""),
+    ):
+        (slurm.folder / "requeue").unlink(missing_ok=True)
+        job = slurm.job("train.slurm", FAKE_STATE=state, FAKE_STEP=step, FAKE_CODE=code)
+        out, _ = job.communicate(timeout=SECONDS)
+        assert (job.returncode, slurm.record("requeue")) == (ends, requeued), out
+
+
+def test_modules_containers_and_options_of_srun(slurm: FakeSlurm) -> None:
+    """SETUP, CONTAINER and SRUN_OPTIONS; the log of each process where LOG_DIR says."""
+    for name, body in (("apptainer", 'echo "$*" >>"$FAKE/apptainer"; shift 3; exec "$@"'),):
+        (slurm.folder / "bin" / name).write_text(f"#!/bin/bash\n{body}\n")
+        (slurm.folder / "bin" / name).chmod(0o755)
+    srun = slurm.folder / "bin" / "srun"
+    srun.write_text(srun.read_text().replace("#!/bin/bash", '#!/bin/bash\necho $* >>"$FAKE/srun"'))
+    words = {
+        "SETUP": 'export LOADED="a b"; echo "loaded $LOADED" >"$FAKE/setup"',
+        "CONTAINER": "apptainer exec --nv b.sif",
+        "SRUN_OPTIONS": "--container-image=b.sqsh --container-mounts=/data",
+        "LOG_DIR": "logs",
+        "NPROC_PER_NODE": "2",
+        "MAIN_PROCESS_PORT": "4000",
+    }
+    run = slurm.job("train.slurm", "--output_dir", "a b", FAKE_STATE="finished", **words)
+    out, _ = run.communicate(timeout=SECONDS)
+    assert run.returncode == 0, out
+    assert slurm.record("setup") == "loaded a b\n"
+    steps = slurm.record("srun").splitlines()
+    assert steps[0].endswith(f"--ntasks=1 {words['SRUN_OPTIONS']}"), steps  # what reads the config
+    in_container = slurm.record("apptainer").splitlines()
+    assert in_container[0].startswith("exec --nv b.sif python -c")
+    launch = "exec --nv b.sif accelerate launch --machine_rank 0 --tee 3 --role node7. --log_dir"
+    assert "--wait=60" in steps[-1]
+    assert any(line.startswith(f"{launch} logs/attempt_0/node7 ") for line in in_container)
+    assert slurm.record("accelerate").endswith("4000 bertdist/train.py --output_dir a b\n")
 
 
 # the job's environment -> what SLURM's commands are given: this task, never the whole array
 ARRAY_TASKS = [
     ({"SLURM_ARRAY_JOB_ID": "123456", "SLURM_ARRAY_TASK_ID": "3"}, "123456_3"),
-    ({"SLURM_ARRAY_JOB_ID": "123453", "SLURM_ARRAY_TASK_ID": "1"}, "123456"),
+    ({"SLURM_ARRAY_JOB_ID": "123453", "SLURM_ARRAY_TASK_ID": "1"}, "123453_1"),
     ({}, "123456"),
 ]
 
@@ -424,7 +505,7 @@ def test_a_signal_is_forwarded_and_the_job_waits(
     slurm: FakeSlurm, number: signal.Signals, step: int, requeued: bool
 ) -> None:
     """USR1: the time limit is near, requeue if there was progress. TERM: cancelled, no requeue."""
-    (slurm.folder / "out/status.json").write_text('{"state": "preempted", "step": 5}')
+    (slurm.folder / "out/checkpoints/step_5").mkdir(parents=True)
     run = slurm.job(
         "train.slurm", FAKE_STATE="preempted", FAKE_STEP=str(step), FAKE_WAITS="yes", FAKE_CODE="1"
     )
@@ -450,6 +531,8 @@ def test_a_job_that_lost_a_node_is_requeued(
     job = {
         "SLURM_JOB_NUM_NODES": str(nodes),
         "FAKE_STATE": "failed",
+        "FAKE_CAUSE": "lost",
+        "FAKE_STEP": "0",  # nothing was saved
         "FAKE_CODE": "1",
         "FAKE_LOST": str(lost),
     }
@@ -576,7 +659,10 @@ def test_a_prediction_launches_all_nodes_and_ends(slurm: FakeSlurm, tmp_path: Pa
         timeout=SECONDS
     )
     assert (run.returncode, slurm.record("requeue")) == (0, ""), out
-    words = "launch --machine_rank 0 --config_file accelerate_configs/multi_node.yaml"
+    words = (
+        "launch --machine_rank 0 --tee 3 --role node7. --log_dir bertdist-123456/attempt_0/node7"
+    )
+    words += " --config_file accelerate_configs/multi_node.yaml"
     words += " --num_machines 2 --num_processes 8 --main_process_ip node7 --main_process_port 23456"
     assert slurm.record("accelerate") == f"{words} bertdist/predict.py --top_k all\n"
     slurm.job("predict.slurm", cwd=tmp_path).communicate(timeout=SECONDS)

@@ -95,7 +95,7 @@ def until(
     deadline = time.monotonic() + within
     while not happened():
         assert time.monotonic() < deadline, f"not within {within:g} s:\n{said()}"
-        time.sleep(0.1)
+        time.sleep(0.3)
 
 
 def missing_commands() -> list[str]:
@@ -122,6 +122,12 @@ class Job:
         """How often it was requeued."""
         return int(self.show()["Restarts"])
 
+    def minutes(self) -> int:
+        """How long it has been running, rounded down."""
+        days, _, clock = self.show()["RunTime"].rpartition("-")
+        hours, minutes, _ = map(int, clock.split(":"))
+        return int(days or 0) * 1440 + hours * 60 + minutes
+
     def log(self) -> str:
         """Its log: what the batch script and its steps have printed, of all attempts."""
         path = Path(self.show()["StdOut"])
@@ -134,17 +140,17 @@ class Job:
 
     def wait_until_running(self, attempt: int = 0) -> None:
         """Until it runs, after so many restarts."""
-        until(lambda: self._has_ended() or self._runs(attempt), self.story)
+        until(lambda: self.has_ended() or self._runs(attempt), self.story)
         assert self._runs(attempt), self.story()
 
     def wait_for_log(self, words: str) -> None:
         """Until its log has these words; the job must not end without them."""
-        until(lambda: words in self.log() or self._has_ended(), self.story)
+        until(lambda: words in self.log() or self.has_ended(), self.story)
         assert words in self.log(), self.story()
 
     def wait(self, within: float = SECONDS) -> str:
         """Its last state, once it has ended and is not queued again."""
-        until(self._has_ended, self.story, within)
+        until(self.has_ended, self.story, within)
         return self.state()
 
     def signal(self, number: str = "USR1") -> None:
@@ -184,7 +190,8 @@ class Job:
         shown = self.show()
         return shown["JobState"] == "RUNNING" and int(shown["Restarts"]) >= attempt
 
-    def _has_ended(self) -> bool:
+    def has_ended(self) -> bool:
+        """Whether it has, and is not queued again."""
         return self.state() in ENDED
 
 
@@ -388,8 +395,6 @@ class Cluster:
                         process.send_signal(number)
 
         def nothing_left() -> bool:
-            for daemon in self._daemons:
-                daemon.poll()  # buried, once it has ended
             left = [process for process, _ in self.processes(node)]
             for process in left:
                 with contextlib.suppress(psutil.Error):
@@ -397,6 +402,9 @@ class Cluster:
             return not left
 
         until(nothing_left, within=30)
+        for daemon in self._daemons:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                daemon.wait(10 if node is None else 0.1)  # no zombie remains
 
     # --- the network: a bridge on this machine, and a cable from it to each node
 

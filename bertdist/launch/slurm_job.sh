@@ -1,0 +1,1 @@
+../../launch/slurm_job.sh
