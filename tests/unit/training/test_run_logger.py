@@ -17,7 +17,7 @@ import torch
 
 from bertdist.core.args import read_config
 from bertdist.core.config import config_to_yaml
-from bertdist.core.errors import CheckpointError, DataError
+from bertdist.core.errors import CheckpointError, DataError, RankLost
 from bertdist.training.checkpoint import TrainState
 from bertdist.training.run_logger import RunLogger
 
@@ -184,18 +184,26 @@ def test_the_status_is_what_was_said_last(log: RunLogger, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("error", "reason"),
+    ("error", "reason", "cause"),
     [
-        (DataError("bad row"), "bad row"),
-        (ValueError(), "ValueError"),
-        (KeyboardInterrupt(), "KeyboardInterrupt"),
+        (DataError("bad row"), "bad row", "error"),
+        (ValueError(), "ValueError", "error"),
+        (KeyboardInterrupt(), "KeyboardInterrupt", "error"),
+        (RankLost("rank 1 is gone"), "rank 1 is gone", "lost"),
     ],
 )
-def test_a_run_that_breaks_says_why(error: BaseException, reason: str, tmp_path: Path) -> None:
+def test_a_run_that_breaks_says_why(
+    error: BaseException, reason: str, cause: str, tmp_path: Path
+) -> None:
     with pytest.raises(type(error)), RunLogger(tmp_path, enabled=True) as log:
         log.status("running", 3)
         raise error
-    assert status_of(tmp_path) == {"state": "failed", "step": 3, "reason": reason}
+    assert status_of(tmp_path) == {
+        "state": "failed",
+        "step": 3,
+        "reason": reason,
+        "cause": cause,
+    }
 
 
 def test_a_run_that_never_began_leaves_the_last_status_alone(tmp_path: Path) -> None:
