@@ -11,6 +11,7 @@ sees the test's variables, and nothing that it changes is seen by the test. One 
 process-wide state never reaches the next test.
 
 `Command(main, words)` is a command in a fork: subprocess.Popen without the seconds in which an interpreter imports torch.
+`ForkedPython` is the same for what a launcher starts: `python SCRIPT WORDS`.
 """
 
 import contextlib
@@ -19,7 +20,9 @@ import faulthandler
 import gc
 import os
 import pickle
+import runpy
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -108,7 +111,7 @@ class Command:
             os.environ.clear()
             os.environ.update(wanted)
             sys.argv = list(words)
-            _end_as_python_does(main, output, errors or output, cwd)
+            _end_as_python_does(lambda: _run_as_command(main, output, errors or output, cwd))
 
     def poll(self) -> int | None:
         """Its exit code, None while it runs."""
@@ -136,19 +139,57 @@ class Command:
         self.send_signal(signal.SIGKILL)
 
 
-def _end_as_python_does(
-    main: Callable[[], Any], output: Path, errors: Path, cwd: Path | str
-) -> NoReturn:
+class ForkedPython(subprocess.Popen[bytes]):
+    """subprocess.Popen, but `python SCRIPT WORDS` is a fork of this process; other commands are started as they are."""
+
+    def __init__(self, args: Any, env: Mapping[str, str] | None = None, **settings: Any) -> None:
+        self._env, self._session = env, settings.get("start_new_session", False)
+        super().__init__(args, env=env, **settings)
+
+    def _execute_child(self, args: Any, *rest: Any) -> None:
+        words = [word for word in args if word != "-u"]
+        if words[0] != sys.executable or not words[1].endswith(".py"):
+            super()._execute_child(args, *rest)  # type: ignore[misc]
+            return
+        self.pid = _fork()
+        if self.pid == 0:
+            _be_a_python(words[1:], self._env or os.environ, self._session)
+        self._child_created = True
+
+
+def _be_a_python(words: list[str], env: Mapping[str, str], new_session: bool) -> NoReturn:
+    """What exec and the start of an interpreter would do; output goes where the parent's goes."""
+    if new_session:
+        os.setsid()
+    for number in signal.valid_signals():
+        if callable(signal.getsignal(number)):  # a handler of the launcher
+            signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    wanted = dict(env)
+    os.environ.clear()
+    os.environ.update(wanted)
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    torch.set_num_threads(1)
+    sys.argv, sys.path[0] = words, str(Path(words[0]).parent)
+    _end_as_python_does(lambda: runpy.run_path(words[0], run_name="__main__"))
+
+
+def _run_as_command(main: Callable[[], Any], output: Path, errors: Path, cwd: Path | str) -> None:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    files = [os.open(os.devnull, os.O_RDONLY), os.open(output, flags), os.open(errors, flags)]
+    for number, file in enumerate(files):
+        os.dup2(file, number)
+    sys.stdin, sys.stdout, sys.stderr = (
+        os.fdopen(number, mode, 1, closefd=False) for number, mode in enumerate("rww")
+    )
+    os.chdir(cwd)
+    main()
+
+
+def _end_as_python_does(main: Callable[[], Any]) -> NoReturn:
     code: Any = 1
     try:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-        files = [os.open(os.devnull, os.O_RDONLY), os.open(output, flags), os.open(errors, flags)]
-        for number, file in enumerate(files):
-            os.dup2(file, number)
-        sys.stdin, sys.stdout, sys.stderr = (
-            os.fdopen(number, mode, 1, closefd=False) for number, mode in enumerate("rww")
-        )
-        os.chdir(cwd)
         main()
         code = 0
     except SystemExit as end:

@@ -1,5 +1,6 @@
 """Real launches of two ranks on the CPU, by `accelerate launch` and torchrun, to be killed and started again. The launcher is a fork of
-the test, the ranks that it starts are Pythons of their own.
+the test, and the ranks that it starts are forks of it: a Python that imports torch takes 5 s of a core. With BERTDIST_EVERY_FAULT=1 they
+are Pythons of their own, as they always are in tests/slurm, tests/runs/test_examples.py and the smoke run of tests/runs/test_launch.py.
 
     story = Story("torchrun", tiny_model, folder)          # one command
     with story.launch() as launch:                         # started
@@ -13,6 +14,7 @@ No time is measured: a step takes as long as the test wants (slowed.py), so what
 import contextlib
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,8 +24,9 @@ import psutil
 import torch.distributed.run as torchrun
 from accelerate.commands import launch as accelerate_launcher
 from accelerate.commands.config import config_args
-from forked import Command
-from rows import json_of, words_of, write_split
+from forked import Command, ForkedPython
+from rows import EVERY_FAULT, json_of, words_of, write_split
+from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 240  # for anything to happen; on two idle cores a launch takes 8
@@ -48,8 +51,20 @@ NOT_OURS = (
 )  # of another launch
 
 
+def fork_pythons() -> None:
+    """In a launcher: what it starts is forked."""
+    if not EVERY_FAULT:
+        subprocess.Popen = subprocess_handler.Popen = ForkedPython  # type: ignore[misc]
+
+
+def torchrun_launch() -> None:
+    fork_pythons()
+    torchrun.main()
+
+
 def accelerate_launch() -> None:
     """`accelerate launch` in a fork: the place of the user's own config is found when accelerate is imported, so it is found again."""
+    fork_pythons()
     home = os.path.join(os.environ["HF_HOME"], "accelerate", "default_config.yaml")
     accelerate_launcher.default_config_file = config_args.default_config_file = home
     accelerate_launcher.main()
@@ -60,7 +75,7 @@ LAUNCHERS: dict[str, tuple[Callable[[], None], list[str]]] = {
         accelerate_launch,
         ["--quiet", "--config_file", f"{ROOT}/accelerate_configs/cpu_x2.yaml"],
     ),
-    "torchrun": (torchrun.main, ["--standalone", "--nproc_per_node", "2"]),
+    "torchrun": (torchrun_launch, ["--standalone", "--nproc_per_node", "2"]),
 }
 
 
@@ -118,7 +133,8 @@ class Launch:
         )
         assert self.launcher.poll() is None, f"it has ended:\n{self.said()}"
         children = psutil.Process(self.launcher.pid).children()
-        self.ranks = {int(child.environ()["RANK"]): child for child in children}
+        children.sort(key=lambda child: (child.create_time(), child.pid))  # as they are started
+        self.ranks = dict(enumerate(children))
         assert sorted(self.ranks) == [0, 1], self.said()
 
     def wait(self) -> int:
