@@ -21,7 +21,6 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from forked import RankError, run_ranks
 from rows import (
-    RANKS,
     Breaking,
     Files,
     assert_same_tensors,
@@ -264,7 +263,7 @@ def far_apart(one: Path, other: Path) -> float:
 @pytest.mark.parametrize(
     ("n", "fits", "place"),
     some_of(
-        [(1, 32, "forward"), (1, 32, "middle"), (2, 64, "loss"), (3, 32, "embeddings")],
+        [(1, 32, "middle"), (3, 32, "embeddings")],
         [(*ranks, place) for ranks in ((1, 32), (2, 64), (3, 32)) for place in PLACES],
     ),
 )
@@ -308,7 +307,8 @@ def test_in_bf16_it_changes_no_bit_either(runs: Runs, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("place", "joins"), [("forward", 1), ("loss", 1), ("middle", 0), ("embeddings", 0)]
+    ("place", "joins"),
+    some_of([("forward", 1), ("embeddings", 0)], [("loss", 1), ("middle", 0)]),
 )
 def test_an_exchange_is_joined_where_it_stands(
     runs: Runs, tmp_path: Path, place: str, joins: int
@@ -327,7 +327,7 @@ def test_an_exchange_is_joined_where_it_stands(
 @pytest.mark.parametrize(
     ("n", "rank", "place"),
     some_of(
-        [(1, 0, "loss"), (2, 0, "forward"), (2, 1, "embeddings"), (3, 1, "middle")],
+        [(2, 0, "forward"), (3, 1, "middle")],
         [(*ranks, place) for ranks in ((1, 0), (2, 0), (2, 1), (3, 1)) for place in PLACES],
     ),
 )
@@ -351,7 +351,7 @@ def test_out_of_memory_in_another_micro_batch_stays_on_its_rank(
     )
 
 
-@pytest.mark.parametrize("n", RANKS)
+@pytest.mark.parametrize("n", some_of([3], [1, 2]))
 def test_every_row_is_counted_once_on_its_schedule(runs: Runs, tmp_path: Path, n: int) -> None:
     results = run_ranks(n, run_short, runs.words(tmp_path / "out"), short_of_memory(0, "middle"))
     plain = run_ranks(1, run_train, runs.words(tmp_path / "plain"))
@@ -375,7 +375,7 @@ def test_dropout_is_drawn_again_as_it_was(runs: Runs, tmp_path: Path, place: str
     )
 
 
-@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("n", some_of([3], [1]))
 def test_a_run_that_goes_on_has_the_size_that_was_found(runs: Runs, tmp_path: Path, n: int) -> None:
     """Interrupted behind a step that ran out of memory, and gone on from with enough of it: the
     bits of the run that went on at once.
@@ -573,7 +573,7 @@ def test_a_text_that_does_not_fit_alone_ends_all_ranks_with_one_line(
 # --- Evaluation
 
 
-@pytest.mark.parametrize("n", RANKS)
+@pytest.mark.parametrize("n", some_of([3], [1, 2]))
 def test_an_evaluation_out_of_memory_on_one_rank_scores_the_same(
     runs: Runs, tmp_path: Path, n: int
 ) -> None:
@@ -654,7 +654,7 @@ def wide_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return folder
 
 
-@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("n", some_of([2], [1]))
 def test_memory_that_is_really_gone(wide_model: Path, tmp_path: Path, n: int) -> None:
     """While it takes steps, the last rank's address space may grow by 60 MB; its share of 4,500
     tokens, in one piece, takes 180.

@@ -18,7 +18,6 @@ import pytest
 from accelerate import Accelerator
 from forked import RankError, run_ranks
 from rows import (
-    RANKS,
     Breaking,
     assert_same_run,
     assert_same_tensors,
@@ -75,7 +74,7 @@ def ask_the_last_rank_to_stop(accelerator: Accelerator) -> None:
 # --- I5
 
 
-@pytest.mark.parametrize("n", RANKS)
+@pytest.mark.parametrize("n", some_of([3], [1, 2]))
 def test_resume_equals_uninterrupted(runs: Runs, tmp_path: Path, n: int) -> None:
     """Killed at one random step, asked to stop at a later one."""
     chance = random.Random(n)
@@ -209,7 +208,7 @@ def test_killed_between_last_log_line_and_last_checkpoint(runs: Runs, tmp_path: 
     assert_same_run(tmp_path / "out", runs.undisturbed(1))
 
 
-@pytest.mark.parametrize("step", [4, 5, 12])
+@pytest.mark.parametrize("step", some_of([5], [4, 12]))
 def test_killed_between_checkpoints(runs: Runs, tmp_path: Path, step: int) -> None:
     """After a log line newer than any checkpoint; at the start of an epoch; after a checkpoint."""
     words = runs.words(tmp_path / "out")

@@ -131,7 +131,8 @@ def launched(*words: str, **more: str) -> tuple[int, str, str]:
         return run.returncode, out, err
 
 
-# Launches of this kind have their unit tests in tests/unit/distributed/test_launcher.py.
+# Launches of this kind have their unit tests in tests/unit/distributed/test_launcher.py, and tests/slurm
+# launches two machines.
 every_fault = pytest.mark.skipif(
     not EVERY_FAULT, reason="a launch more: with BERTDIST_EVERY_FAULT=1 only"
 )
@@ -169,6 +170,7 @@ def test_a_users_config_that_asks_for_more_is_one_line(
     assert not (tmp_path / "out").exists()
 
 
+@every_fault
 def test_cpu_x2_config_is_as_many_processes_as_num_processes(print_world: str) -> None:
     """Without the flag it is two: tests/launched.py. cpu.yaml is one: the smoke run."""
     words = ["--config_file", f"{CONFIGS}/cpu_x2.yaml", "--num_processes", "3"]
@@ -176,6 +178,7 @@ def test_cpu_x2_config_is_as_many_processes_as_num_processes(print_world: str) -
     assert (code, out) == (0, "ranks [0, 1, 2] over gloo\n"), err
 
 
+@every_fault
 def test_multi_node_config_joins_launchers(print_world: str, tmp_path: Path) -> None:
     """Two machines of one process, both simulated on this one; the launchers are forks."""
     words = f"launch --config_file {CONFIGS}/multi_node.yaml --num_processes 2".split()
@@ -204,7 +207,8 @@ def test_multi_node_config_joins_launchers(print_world: str, tmp_path: Path) -> 
     ]
 
 
-@pytest.mark.parametrize("how", [pytest.param("flags", marks=every_fault), "config"])
+@every_fault
+@pytest.mark.parametrize("how", ["flags", "config"])
 def test_a_launch_that_starts_one_process_of_two_is_refused(
     print_world: str, tmp_path: Path, how: str
 ) -> None:

@@ -12,8 +12,16 @@ import pytest
 from forked import run_ranks
 from launched import HELD, SLOW, STEPS, Story, until
 from rows import EVERY_FAULT, assert_same_run, checkpoints_of, json_of, run_main, run_train
+from slurm.cluster import missing_commands
 
-pytestmark = pytest.mark.timeout(1500)
+pytestmark = [
+    pytest.mark.timeout(1500),
+    pytest.mark.skipif(
+        not EVERY_FAULT and not missing_commands(),
+        reason="tests/slurm/test_train_jobs.py has launches and tests/ranks/test_faults.py forked ranks: "
+        "with BERTDIST_EVERY_FAULT=1 or without SLURM only",
+    ),
+]
 
 
 @pytest.fixture(scope="module")
