@@ -111,19 +111,21 @@ def train_once(classifier: Classifier, batch: PackedBatch, kernel: str) -> dict[
         }
 
 
-def in_a_process(work: Callable[[pytest.MonkeyPatch], Any]) -> Any:
-    """The answer of a function of this module in a new process, where the device "gpu" exists.
+@pytest.fixture(scope="module")
+def seen() -> dict[str, Any]:
+    """The answers of `WORKS`, by name, in one new process, where the device "gpu" exists.
 
     Not of a fork: torch counts the devices at its first backward pass.
     """
     root = Path(__file__).parents[3]
-    command = [sys.executable, __file__, work.__name__]
+    command = [sys.executable, __file__]
     paths = os.pathsep.join([str(root), str(root / "tests")])
     done = subprocess.run(
         command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, timeout=200
     )
     assert done.returncode == 0, done.stderr.decode()
-    return json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def choose(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,15 +149,9 @@ def all_steps(patch: pytest.MonkeyPatch) -> dict[str, Any]:
     return found
 
 
-@pytest.fixture(scope="module")
-def steps() -> dict[str, Any]:
-    found: dict[str, Any] = in_a_process(all_steps)
-    return found
-
-
 @pytest.mark.parametrize(("kind", "kernel"), WAYS)
-def test_a_step_is_on_one_device(kind: str, kernel: str, steps: dict[str, Any]) -> None:
-    found = steps[f"{kind} {kernel}"]
+def test_a_step_is_on_one_device(kind: str, kernel: str, seen: dict[str, Any]) -> None:
+    found = seen["all_steps"][f"{kind} {kernel}"]
     assert isinstance(found, dict), found
     assert found["logits"] == [len(LENGTHS), 3] and found["devices"] == ["gpu:0"]
     assert found["gradients"] == found["weights"] > 10
@@ -179,9 +175,9 @@ def steps_with_a_tensor_left_behind(patch: pytest.MonkeyPatch) -> dict[str, str]
     return found
 
 
-def test_a_tensor_on_another_device_is_seen() -> None:
+def test_a_tensor_on_another_device_is_seen(seen: dict[str, Any]) -> None:
     """The control: a tensor of the batch that is left on the CPU."""
-    found = in_a_process(steps_with_a_tensor_left_behind)
+    found = seen["steps_with_a_tensor_left_behind"]
     assert all("device" in error for error in found.values()), found
 
 
@@ -237,12 +233,23 @@ def devices_of_a_graph_s_batch(patch: pytest.MonkeyPatch) -> list[str]:
         return sorted({str(x.device) for x in vars(padded).values() if isinstance(x, Tensor)})
 
 
-def test_a_graph_s_batch_stays_on_its_device() -> None:
-    assert in_a_process(devices_of_a_graph_s_batch) == ["gpu:0"]
+def test_a_graph_s_batch_stays_on_its_device(seen: dict[str, Any]) -> None:
+    assert seen["devices_of_a_graph_s_batch"] == ["gpu:0"]
 
 
-if __name__ == "__main__":  # `in_a_process`
+WORKS: list[Callable[[pytest.MonkeyPatch], Any]] = [
+    all_steps,
+    steps_with_a_tensor_left_behind,
+    devices_of_a_graph_s_batch,
+]
+
+
+def answer_of(work: Callable[[pytest.MonkeyPatch], Any]) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        real_rows(patch)
+        return work(patch)
+
+
+if __name__ == "__main__":  # `seen`
     _setup_privateuseone_for_python_backend("gpu")
-    with pytest.MonkeyPatch.context() as in_main:
-        real_rows(in_main)
-        print(json.dumps(globals()[sys.argv[1]](in_main)))
+    print(json.dumps({work.__name__: answer_of(work) for work in WORKS}))
