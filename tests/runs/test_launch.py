@@ -113,7 +113,7 @@ def print_world(tmp_path: Path) -> str:
 
 
 def launched(*words: str, **more: str) -> tuple[int, str, str]:
-    """Exit code, output and errors of `accelerate launch`; SIGTERM ends one that hangs."""
+    """Exit code, output and errors of `accelerate launch`, a Python of its own: its command line is read. SIGTERM ends one that hangs."""
     pipe, command = subprocess.PIPE, [*ACCELERATE, *words]
     with subprocess.Popen(
         command,
@@ -170,15 +170,21 @@ def test_a_users_config_that_asks_for_more_is_one_line(
     assert not (tmp_path / "out").exists()
 
 
-@every_fault
-def test_cpu_x2_config_is_as_many_processes_as_num_processes(print_world: str) -> None:
-    """Without the flag it is two: tests/launched.py. cpu.yaml is one: the smoke run."""
-    words = ["--config_file", f"{CONFIGS}/cpu_x2.yaml", "--num_processes", "3"]
-    code, out, err = launched(*words, print_world)
-    assert (code, out) == (0, "ranks [0, 1, 2] over gloo\n"), err
+def test_cpu_x2_config_is_as_many_processes_as_num_processes(
+    print_world: str, tmp_path: Path
+) -> None:
+    """Without the flag it is two: tests/launched.py. cpu.yaml is one: the smoke run. The launcher is a fork."""
+    words = ["launch", "--config_file", f"{CONFIGS}/cpu_x2.yaml", "--num_processes", "3"]
+    out, err = tmp_path / "said_out", tmp_path / "said_err"
+    run = Command(accelerate_launch, [*words, print_world], out, environment(), err)
+    try:
+        code = run.wait(SECONDS)
+    finally:
+        run.send_signal(signal.SIGTERM)
+    said = (code, out.read_text())
+    assert said == (0, "ranks [0, 1, 2] over gloo\n"), err.read_text()
 
 
-@every_fault
 def test_multi_node_config_joins_launchers(print_world: str, tmp_path: Path) -> None:
     """Two machines of one process, both simulated on this one; the launchers are forks."""
     words = f"launch --config_file {CONFIGS}/multi_node.yaml --num_processes 2".split()
