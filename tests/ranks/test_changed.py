@@ -86,6 +86,15 @@ def test_flag_changes_nothing_if_the_data_did_not_change(
     assert all(bool((one[name] == other[name]).all()) for name in one)
 
 
+@pytest.fixture(scope="module")
+def killed(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Files, Path]:
+    """The files and the folder of a run that was killed; nobody changes it."""
+    folder = tmp_path_factory.mktemp("killed")
+    files = write_split(folder, 38, 12)
+    interrupted(tiny_model, files, folder / "out")
+    return files, folder / "out"
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -98,10 +107,10 @@ def test_flag_changes_nothing_if_the_data_did_not_change(
     ],
 )
 def test_changes_that_must_match_are_refused_on_all_ranks(
-    tiny_model: Path, files: Files, tmp_path: Path, change: dict[str, Any]
+    tiny_model: Path, killed: tuple[Files, Path], change: dict[str, Any]
 ) -> None:
-    interrupted(tiny_model, files, tmp_path / "out")
-    words = words_of(tiny_model, tmp_path / "out", files, **{**STEPS, **change})
+    files, out = killed
+    words = words_of(tiny_model, out, files, **{**STEPS, **change})
     with pytest.raises(RankError) as caught:
         run_ranks(2, run_train, words)
     (name,) = change
