@@ -26,7 +26,11 @@ nodes=$SLURM_JOB_NUM_NODES attempt=${SLURM_RESTART_COUNT:-0} signal=''
 job=$SLURM_JOB_ID
 if [[ ${SLURM_ARRAY_JOB_ID:-} ]]; then job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
 
-if ((attempt > ${MAX_RESTARTS:-100})); then # SLURM requeues after a lost node by itself
+for name in MAX_RESTARTS NPROC_PER_NODE MAIN_PROCESS_PORT; do
+  if [[ ${!name-1} != +([0-9]) ]]; then say "$name is '${!name}'; expected a whole number."; exit 1; fi
+done
+max_restarts=${MAX_RESTARTS:-100}
+if ((attempt > max_restarts)); then # SLURM requeues after a lost node by itself
   say "restarted $attempt times, more than MAX_RESTARTS: ended; continue with the same sbatch command."
   exit 1
 fi
@@ -103,11 +107,11 @@ run_processes() {
 preempted() { [[ $(scontrol show job "$job") == *PreemptTime=[0-9]* ]]; }
 
 requeue() { # AGAIN: what to do by hand
-  if ((attempt >= ${MAX_RESTARTS:-100})); then
+  if ((attempt >= max_restarts)); then
     say "restarted $attempt times (MAX_RESTARTS): not requeued; $1."
     return
   fi
-  say "requeueing: restart $((attempt + 1)) of at most ${MAX_RESTARTS:-100}."
+  say "requeueing: restart $((attempt + 1)) of at most $max_restarts."
   if scontrol requeue "$job"; then exit 0; fi
   say "could not be requeued; $1."
 }

@@ -135,7 +135,7 @@ def overflows(out: Path) -> int:
     )
 
 
-@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("n", some_of([2], [1]))
 def test_overflowing_steps_are_skipped_and_nothing_else_changes(
     tiny_model: Path, files: Files, tmp_path: Path, n: int
 ) -> None:
@@ -182,7 +182,7 @@ def test_overflowing_steps_are_skipped_and_nothing_else_changes(
         )
 
 
-@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("n", some_of([2], [1]))
 def test_a_restart_goes_on_with_its_scale(
     tiny_model: Path, files: Files, tmp_path: Path, n: int
 ) -> None:
@@ -247,7 +247,7 @@ def test_a_real_nan_is_noticed(
     assert [line["row"] for line in json_of(out / "nan_rows.jsonl")] == [17]
 
 
-@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("n", some_of([2], [1]))
 def test_an_overflow_that_no_scale_helps_is_noticed(
     tiny_model: Path, files: Files, tmp_path: Path, n: int
 ) -> None:
@@ -266,7 +266,7 @@ def test_an_overflow_that_no_scale_helps_is_noticed(
     assert len(json_of(out / "nan_rows.jsonl")) == 8
 
 
-@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("n", some_of([2], [1]))
 def test_float16_itself(tiny_model: Path, files: Files, tmp_path: Path, n: int) -> None:
     """float16 gradients overflow at 65504: such steps are skipped uncounted, a NaN is counted."""
     out = tmp_path / "out"

@@ -22,6 +22,7 @@ from typing import Any
 
 import pytest
 import torch
+from rows import some_of
 from torch import Tensor, nn
 
 from bertdist.core.atomic_io import atomic_write, find_damage, recover, write_folder
@@ -303,7 +304,7 @@ def test_a_kill_at_any_call_leaves_complete_files(
     print(f"{len(found)} kills")
 
 
-@pytest.mark.parametrize("error", ["ENOSPC", "EROFS", "EIO"])
+@pytest.mark.parametrize("error", some_of(["ENOSPC"], ["EROFS", "EIO"]))
 def test_a_disk_error_at_any_call_is_one_line_and_leaves_complete_files(
     before: tuple[Path, Any, Run], tmp_path: Path, error: str
 ) -> None:

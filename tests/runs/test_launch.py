@@ -553,6 +553,24 @@ def test_a_job_that_lost_a_node_is_requeued(
     ), out
 
 
+@pytest.mark.parametrize("script", ["train", "predict", "sweep"])
+@pytest.mark.parametrize("value", ["many", "-1", ""])
+def test_a_variable_that_is_no_number_ends_the_job(
+    slurm: FakeSlurm, script: str, value: str
+) -> None:
+    out, _ = (run := slurm.job(f"{script}.slurm", MAX_RESTARTS=value)).communicate(timeout=SECONDS)
+    assert (run.returncode, slurm.record("accelerate")) == (1, "")
+    assert f"MAX_RESTARTS is '{value}'; expected a whole number." in out
+
+
+def test_a_job_that_slurm_restarts_too_often_ends(slurm: FakeSlurm) -> None:
+    """SLURM requeues by itself after a lost node."""
+    job = {"MAX_RESTARTS": "2", "SLURM_RESTART_COUNT": "3"}
+    out, _ = (run := slurm.job("train.slurm", **job)).communicate(timeout=SECONDS)
+    assert (run.returncode, slurm.record("accelerate")) == (1, "")
+    assert "restarted 3 times, more than MAX_RESTARTS" in out
+
+
 def test_a_wrong_flag_ends_the_job_before_it_launches(slurm: FakeSlurm) -> None:
     out, _ = (run := slurm.job("train.slurm", "--learning_rat", "1", FAKE_READ="yes")).communicate(
         timeout=SECONDS
