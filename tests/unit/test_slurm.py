@@ -246,7 +246,7 @@ def test_jobs_of_sweeps_and_predictions(
     code, out, error = run(capsys, "submit", *PREDICT)
     assert error == ""
     assert code == 0 and "bertdist slurm status answers.csv.slurm\n" in out
-    assert "bertdist.predict" in (folder / "answers.csv.slurm/job.slurm").read_text()
+    assert "find_program predict" in (folder / "answers.csv.slurm/job.slurm").read_text()
 
 
 @pytest.mark.parametrize("check", [check_run_folder, check_sweep_folder])

@@ -38,7 +38,7 @@ from bertdist.distributed.launch import (
     run_cli,
     wait_for_all_ranks,
 )
-from bertdist.distributed.watchdog import own_heartbeat
+from bertdist.distributed.watchdog import own_heartbeat, start_of
 from bertdist.train import train
 
 SECONDS = 100  # for anything to happen
@@ -483,7 +483,7 @@ def test_who_is_gone_is_told_by_the_lowest_rank_that_is_left(
     me, parent = own_heartbeat(1), psutil.Process().parent()
     with subprocess.Popen([sys.executable, "-c", ""]) as child:
         dead = replace(me, rank=2, pid=child.pid)
-    alive = replace(me, rank=0, pid=parent.pid, process_start=parent.create_time())
+    alive = replace(me, rank=0, pid=parent.pid, process_start=start_of(parent))
     elsewhere = replace(dead, rank=3, host="elsewhere")
     for met, found in (
         ([dead, me], ([dead], True)),
