@@ -104,7 +104,7 @@ def test_a_rank_killed_in_prediction_is_named(
         "True",
     ]
 
-    def predicted(words: Any, steps: Any) -> int:
+    def predicted(words: Any, *logs: Any) -> int:
         sys.argv = ["bertdist.predict", *words]
         with pytest.raises(SystemExit) as ended:
             cli.main(["predict", *words])
@@ -114,7 +114,7 @@ def test_a_rank_killed_in_prediction_is_named(
     with monkeypatch.context() as broken:
         broken.setattr(predict, "predict_rows", killing(1, predict.predict_rows))
         found = attempt(words, 2, tmp_path / "out")
-    assert found.exit_codes == [1, -signal.SIGKILL] and not answers.exists()
+    assert found.exit_codes == [1, -signal.SIGKILL] and not answers.exists(), found
     (told,) = lines(tmp_path / "out")
     assert re.match(r"bertdist: rank 1 \(process \d+ on .*\) is gone \(killed\?", told), told
     assert (

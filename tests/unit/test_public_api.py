@@ -108,7 +108,9 @@ def test_resource_folders_are_those_of_the_clone() -> None:
         path.name for path in (ROOT / "accelerate_configs").iterdir()
     }
     assert {path.name for path in launch.iterdir()} == {
-        path.name for path in (ROOT / "launch").iterdir() if path.suffix != ".py" and path.name != "__pycache__"
+        path.name
+        for path in (ROOT / "launch").iterdir()
+        if path.suffix != ".py" and path.name != "__pycache__"
     }
     with pytest.raises(ValueError, match="no resource folder 'tests'"):
         bertdist.resource_folder("tests")
