@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from filelock import FileLock
 from forked import Command
-from rows import make_rows, write_rows
+from rows import EVERY_FAULT, make_rows, write_rows
+from slurm.cluster import missing_commands
 
 from bertdist.core.args import parse_or_exit, read_config
 from bertdist.core.errors import BertdistError, ConfigError
@@ -164,6 +165,10 @@ class ForkedTrial:
         self.process.send_signal(signal.SIGTERM)
 
 
+@pytest.mark.skipif(
+    not EVERY_FAULT and not missing_commands(),
+    reason="half a minute; tests/slurm/test_sweep_jobs.py has real trials: with BERTDIST_EVERY_FAULT=1 or without SLURM only",
+)
 def test_a_sweep_of_real_trials(
     tiny_model: Path,
     tmp_path: Path,
