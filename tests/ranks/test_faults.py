@@ -15,6 +15,7 @@ import pytest
 from accelerate import Accelerator
 from forked import TO_TELL, RankError, run_ranks
 from rows import (
+    EVERY_FAULT,
     Breaking,
     assert_same_run,
     checkpoints_of,
@@ -357,6 +358,10 @@ def test_a_collective_that_hangs_ends_with_the_stacks_of_all(runs: Runs, tmp_pat
     )
 
 
+@pytest.mark.skipif(
+    not EVERY_FAULT,
+    reason="ten busy seconds on two cores; tests/unit/distributed/test_watchdog_slow_disk.py has the rule: with BERTDIST_EVERY_FAULT=1 only",
+)
 def test_a_rank_that_works_is_waited_for(runs: Runs, tmp_path: Path) -> None:
     """For twice --rank_timeout, in one function."""
 

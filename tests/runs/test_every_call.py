@@ -290,7 +290,7 @@ def test_the_log_is_on_disk_before_its_checkpoint(
     )
 
 
-EVERY = 1 if os.environ.get("BERTDIST_EVERY_FAULT") else 7  # 1: all calls, about a minute
+EVERY = 1 if os.environ.get("BERTDIST_EVERY_FAULT") else 11  # 1: all calls, about a minute
 
 
 def test_a_kill_at_any_call_leaves_complete_files(

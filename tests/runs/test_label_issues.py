@@ -10,7 +10,17 @@ from typing import Any
 import pytest
 from accelerate import Accelerator
 from forked import run_ranks
-from rows import Files, json_of, make_rows, run_main, run_train, words_of, write_rows, write_split
+from rows import (
+    EVERY_FAULT,
+    Files,
+    json_of,
+    make_rows,
+    run_main,
+    run_train,
+    words_of,
+    write_rows,
+    write_split,
+)
 from rows import train_module as train
 
 from bertdist import check
@@ -215,6 +225,10 @@ def test_mistakes_are_one_line(trained: Path, files: Files, tiny_model: Path) ->
         ), said
 
 
+@pytest.mark.skipif(
+    not EVERY_FAULT,
+    reason="half a minute; tests/unit/data_quality has the ranking of each kind: with BERTDIST_EVERY_FAULT=1 only",
+)
 def test_several_labels_and_numbers_are_ranked_out_of_fold(
     tiny_model: Path, tmp_path: Path
 ) -> None:
