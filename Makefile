@@ -41,7 +41,7 @@ docs: install  ## Build the docs site into build/site, with warnings as errors
 	$(BIN)/python -m pip install -e ".[docs]" || { echo "pip could not install mkdocs-material and mkdocstrings"; exit 1; }
 	$(BIN)/python -m mkdocs build --strict
 
-pictures: install  ## Make the pictures of the README and the docs site; needs playwright and a Chromium
+pictures: install  ## Make the pictures of the README and the docs site; needs .[browser] and a Chromium
 	$(BIN)/python -m bench.pictures
 
 bench: dev  ## Measure bertdist and its peers on this machine and write docs/benchmarks.md, about an hour on two idle cores

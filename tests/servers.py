@@ -199,7 +199,7 @@ def s3_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A boto3 client of an S3 server in the environment; skips without moto or s3fs."""
     s3fs = pytest.importorskip("s3fs", reason="needs s3fs (pip install -e '.[dev]')")
     moto_server = pytest.importorskip(
-        "moto.server", reason="needs moto[server] (pip install -e '.[dev]')"
+        "moto.server", reason="needs moto and flask (pip install -e '.[dev]')"
     )
     boto3 = pytest.importorskip("boto3", reason="needs boto3, which comes with moto")
     server = moto_server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)

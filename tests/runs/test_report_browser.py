@@ -32,7 +32,7 @@ def browser() -> Iterator[Any]:
         import axe_playwright_python.sync_playwright
         from playwright.sync_api import sync_playwright
     except ImportError:
-        missing += ["pip install playwright axe-playwright-python"]
+        missing += ["pip install -e '.[browser]'"]
     if missing:
         pytest.skip(f"no browser: {' && '.join(missing)}")
     assert axe_playwright_python.sync_playwright and os.access(CHROMIUM, os.X_OK)
