@@ -61,6 +61,7 @@ from bertdist.data.sharding import prefetch_to_device
 from bertdist.data.source import ReaderState
 from bertdist.distributed.collectives import all_reduce_min, host_group, raise_on_all_ranks
 from bertdist.models.cpu_layers import zero_grad
+from bertdist.models.dropout import seed_torch
 from bertdist.tasks.tasks import Task
 from bertdist.training.checkpoint import TrainState
 
@@ -300,7 +301,7 @@ def restore_random_state() -> None:
 
     The CPU's masks need nothing: they are a function of (seed, step, row), see models/dropout.py.
     """
-    torch.manual_seed(torch.initial_seed())
+    seed_torch(torch.initial_seed())
 
 
 def gradient_addresses(model: nn.Module) -> list[int]:

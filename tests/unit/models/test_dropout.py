@@ -20,6 +20,7 @@ from bertdist.models.dropout import (
     keep_scale,
     replace_dropouts,
     seed_dropout,
+    seed_torch,
 )
 
 LENGTHS, ROWS = [5, 3, 1], [7, 0, 2]
@@ -79,6 +80,27 @@ def test_the_rank_changes_only_torchs_own_draws() -> None:
     assert torch.equal(found[0][0], found[2][0])
     assert torch.equal(found[0][1], found[1][1])
     assert not torch.equal(found[0][1], found[2][1])
+
+
+def test_generators_have_the_seed_that_manual_seed_gives_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    states, on_gpus = [], []
+    for seed, seeded_by in (
+        (2**63 + 5, seed_torch),
+        (2**63 + 5, torch.manual_seed),
+        (5, seed_torch),
+    ):
+        seeded_by(seed)
+        states.append((torch.get_rng_state(), torch.initial_seed()))
+    assert torch.equal(states[0][0], states[1][0]) and states[0][1] == states[1][1]
+    assert not torch.equal(states[0][0], states[2][0]), "the control"
+
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", on_gpus.append)
+    for in_use in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda in_use=in_use: in_use)
+        seed_torch(7 + in_use)
+    assert on_gpus == [8]
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
