@@ -19,6 +19,7 @@ import dataclasses
 import fcntl
 import importlib.metadata
 import platform
+import re
 import shlex
 import socket
 import subprocess
@@ -28,23 +29,30 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeAlias
 
-import yaml
-
 import bertdist
 from bertdist.core.args import (
     parse_arguments,
     parse_or_exit,
     read_config,
     read_predict_config,
+    with_first_words,
 )
 from bertdist.core.atomic_io import atomic_write, explain_write_errors, read_json_object, to_json
-from bertdist.core.config import PredictConfig, TrainConfig
+from bertdist.core.config import PredictConfig, TrainConfig, as_yaml
 from bertdist.core.errors import BertdistError, ConfigError, did_you_mean
 from bertdist.core.flags import flag_name, flags_of
-from bertdist.core.output_files import JOB_FILE, JOB_SCRIPT, SLURM
-from bertdist.core.slurm import NoSlurm, call_slurm, is_time_limit, job_view
-from bertdist.core.slurm_script import job_script, read_options, template_options
+from bertdist.core.output_files import JOB_FILE, JOB_SCRIPT, SLURM, STDOUT, is_special, target_of
+from bertdist.core.slurm import (
+    NoSlurm,
+    SlurmError,
+    call_slurm,
+    is_time_limit,
+    job_view,
+    jobs_of_script,
+)
+from bertdist.core.slurm_script import job_script, option_words, read_options, template_options
 from bertdist.core.terminal import exit_with_error, show
+from bertdist.core.urls import without_secrets
 from bertdist.data.preflight import check_predict
 from bertdist.distributed.slurm_config import (
     ABOUT,
@@ -64,6 +72,11 @@ ACTIONS = ("submit", "status", "doctor")
 CONFIG = "config.yaml"
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "numpy")
 EXIT_INTERRUPTED = 130
+LONGEST_WAIT = 3600  # seconds, of doctor
+# Options with which sbatch submits another job than the written one, or none, or does not return.
+NO_JOB = ("help", "parsable", "test-only", "usage", "version", "wait", "wrap")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+INPUTS = ("train_file", "validation_file", "test_file", "input")
 
 
 class JobCommand(NamedTuple):
@@ -119,8 +132,7 @@ def read_slurm_config(arguments: Sequence[str]) -> SlurmConfig:
     if action == "submit":
         return read_submission(rest)
     if action == "status":
-        number = next((i for i, word in enumerate(rest) if word.startswith("-")), len(rest))
-        words = ["--folders"] * bool(number) + rest
+        words = with_first_words(rest, "folders")
         (status,) = parse_arguments(f"{PROGRAM} status", [StatusConfig], words, STATUS_ABOUT)
         assert isinstance(status, StatusConfig)
         return status
@@ -128,8 +140,10 @@ def read_slurm_config(arguments: Sequence[str]) -> SlurmConfig:
     assert isinstance(doctor, DoctorConfig)
     if doctor.tasks_per_node < 1:
         raise ConfigError(f"--tasks_per_node is {doctor.tasks_per_node}; expected at least 1.")
-    if not doctor.wait >= 1:
-        raise ConfigError(f"--wait is {doctor.wait:g}; expected a number of seconds, 1 or more.")
+    if not 1 <= doctor.wait <= LONGEST_WAIT:
+        raise ConfigError(
+            f"--wait is {doctor.wait:g}; expected a number of seconds, 1 to {LONGEST_WAIT}."
+        )
     return doctor
 
 
@@ -149,9 +163,10 @@ def read_submission(words: Sequence[str]) -> Submission:
     if problems := [*_problems(options, command), *_misplaced(given, command)]:
         raise ConfigError("\n".join(problems))
     config = JOB_COMMANDS[command].read(given)
-    if problem := _problem_of(config):
-        raise ConfigError(problem)
-    return Submission(options, command, config, list(words))
+    job = Submission(options, command, config, list(words))
+    if problems := [*_problems_of(config), *_unwritable(job)]:
+        raise ConfigError("\n".join(problems))
+    return job
 
 
 def _with_equals(words: Sequence[str]) -> list[str]:
@@ -190,11 +205,13 @@ def _problems(options: SubmitConfig, command: str) -> Iterable[str]:
         yield f"--array is for sweep; {command} is one job, on any number of --nodes."
     if options.nodes > 1 and command == "sweep":
         yield "--nodes is for train: the tasks of a sweep's --array, such as 0-7, have a node each."
-    given = read_options(options.sbatch or "")
-    for field in dataclasses.fields(options):
-        name = field.name.replace("_", "-")
-        if name in given and getattr(options, field.name) != field.default:
-            yield f"--sbatch gives --{name}, and so does --{field.name}."
+    own = {field.name.replace("_", "-"): field.name for field in dataclasses.fields(options)}
+    for name in read_options(options.sbatch or ""):
+        if name in NO_JOB:
+            yield f"--sbatch gives --{name}, with which sbatch does not submit this job."
+        # sbatch takes the beginning of a name; --gpus is a name
+        for full in (x for x in own if x.startswith(name) and (x == name or name != "gpus")):
+            yield f"--sbatch gives --{name}: give it as --{own[full]}, before {command}."
 
 
 def _misplaced(words: Sequence[str], command: str) -> Iterable[str]:
@@ -213,12 +230,37 @@ def _misplaced(words: Sequence[str], command: str) -> Iterable[str]:
             yield f"--{name} is a flag of the job: it stands before the word {command}."
 
 
-def _problem_of(config: Any) -> str | None:
+def _problems_of(config: Any) -> Iterable[str]:
+    """What a command can do, and a job cannot."""
     if isinstance(config, Sweep) and config.sweep.status:
-        return "--status needs no job: bertdist sweep --output_dir sweep --status."
-    if isinstance(config, PredictConfig) and config.output is None:
-        return "--output is missing: the predictions of a job go into a file."
-    return None
+        yield "--status needs no job: bertdist sweep --output_dir sweep --status."
+    if isinstance(config, TrainConfig) and config.run.dry_run:
+        yield "--dry_run of train needs no job: leave it out."
+    if isinstance(config, PredictConfig):
+        if config.output is None:
+            yield "--output is missing: the predictions of a job go into a file."
+        elif config.output == STDOUT or is_special(target_of(Path(config.output))):
+            yield f"--output {config.output}: the predictions of a job go into a file."
+    train = config.train if isinstance(config, Sweep) else config
+    for section in (train, getattr(train, "data", None)):
+        for name in INPUTS:
+            files = getattr(section, name, None) or ()
+            for file in [files] if isinstance(files, str) else files:
+                if file == "-" or file.startswith(("/dev/", "/proc/")):
+                    yield f"--{name} {file} is not there in a job: give a file."
+
+
+def _unwritable(job: Submission) -> Iterable[str]:
+    """Names that sbatch cannot have."""
+    folder, found = str(job.folder.absolute()), "a line break or another control character"
+    if "\\" in folder:
+        found = "a backslash, which SLURM takes out of the name of the log"
+    if "\\" in folder or _CONTROL.search(folder):
+        yield f"The folder {folder!r} has {found} in its name: give another one."
+    for name in ("job_name", "partition", "account", "array", "gpus_per_node", "sbatch"):
+        value = getattr(job.options, name)
+        if value is not None and _CONTROL.search(value):
+            yield f"--{name} is {value!r}: a line break or another control character is in it."
 
 
 def check_slurm(config: SlurmConfig) -> None:
@@ -247,15 +289,24 @@ def submit(job: Submission) -> None:
             print(script.read_text(encoding="utf-8"))
             show(f"Not submitted (--dry_run): sbatch {shlex.quote(str(script))} submits it.")
             return
-        answer, notes = call_slurm("sbatch", "--parsable", str(script))
-        facts["job_id"] = answer.strip().split(";")[0]  # "123;cluster"
+        # As words, since variables such as SBATCH_PARTITION win over the lines of a script.
+        words = option_words(given_options(job, folder))
+        answer, notes = call_slurm("sbatch", "--parsable", *words, str(script))
+        number = answer.strip().split(";")[0]  # "123;cluster"
+        if not number.isdecimal():
+            raise SlurmError(f"sbatch answers {answer.strip()!r}, not the number of a job.")
+        facts["job_id"] = number
         atomic_write(folder / JOB_FILE, to_json(facts, indent=1))
-    shown = shlex.quote(os.path.relpath(folder.parent if folder.name == SLURM else folder))
+    where = os.path.relpath(folder.parent if folder.name == SLURM else folder)
+    shown = shlex.quote(f"./{where}" if where.startswith("-") else where)
+    log = re.sub(
+        r"%(.)", lambda x: {"%": "%", "j": number, "A": number}.get(x[1], x[0]), facts["log"]
+    )
     show(*(line for line in notes.splitlines() if line.strip()))
     show(
         f"Submitted job {facts['job_id']} ({facts['options'].get('job-name', '')}); {script}.",
         f"Watch it:  bertdist slurm status {shown}",
-        f"Its log:   {facts['log'].replace('%j', facts['job_id']).replace('%A', facts['job_id'])}",
+        f"Its log:   {log}",
         f"Cancel it: scancel {facts['job_id']}",
     )
 
@@ -272,20 +323,21 @@ def _only_submission(folder: Path) -> Iterator[None]:
 
 
 def _reject_active(folder: Path) -> None:
-    """Raise ConfigError where an earlier job of the folder waits or runs."""
-    job = read_json_object(folder / JOB_FILE).get("job_id")
-    if not job:
-        return
-    try:
-        view = job_view(str(job), folder / JOB_SCRIPT)
-    except NoSlurm:
-        view = None  # sbatch says it; --dry_run needs none
-    if view is not None and view.is_active:
-        where = folder.parent if folder.name == SLURM else folder
-        raise ConfigError(
-            f"{os.path.relpath(where)} already has job {job}, {view.state}: wait for it, or "
-            f"scancel {job} first."
-        )
+    """Raise ConfigError where an earlier job of the folder waits or runs: the one in job.json, or
+    one of the script that a user gave to sbatch, or whose number could not be written.
+    """
+    script = folder / JOB_SCRIPT
+    noted = read_json_object(folder / JOB_FILE).get("job_id")
+    with suppress(NoSlurm):  # sbatch says it; --dry_run needs none
+        jobs = [str(noted)] if noted else []
+        for job in dict.fromkeys(jobs + (jobs_of_script(script) if script.exists() else [])):
+            view = job_view(job, script)
+            if view is not None and view.is_active:
+                where = folder.parent if folder.name == SLURM else folder
+                raise ConfigError(
+                    f"{os.path.relpath(where)} already has job {job}, {view.state}: wait for it, "
+                    f"or scancel {job} first."
+                )
 
 
 def write_job(job: Submission, folder: Path) -> tuple[Path, dict[str, Any]]:
@@ -297,15 +349,15 @@ def write_job(job: Submission, folder: Path) -> tuple[Path, dict[str, Any]]:
     if not template.is_file():
         raise ConfigError(f"{template} is missing: install bertdist again.")
     text = template.read_text(encoding="utf-8")
-    options = sbatch_options(job, text, folder)
+    options = {**template_options(text), **given_options(job, folder)}
     config = folder / CONFIG
     facts = {
         "job_id": None,
-        "command": shlex.join(["bertdist", "slurm", "submit", *job.words]),
+        "command": shlex.join(map(without_secrets, ["bertdist", "slurm", "submit", *job.words])),
         "written": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "host": socket.gethostname(),
         "working_folder": os.getcwd(),
-        "log": options["output"].replace("%%", "%"),
+        "log": options["output"],
         "options": options,
         "python": {"executable": sys.executable, "version": platform.python_version()},
         "packages": {"bertdist": bertdist.__version__, **dict(_versions())},
@@ -317,7 +369,7 @@ def write_job(job: Submission, folder: Path) -> tuple[Path, dict[str, Any]]:
         before=_lines_before(job.options, folder),
         arguments=["--config", str(config)],
         about=[
-            f"Written by bertdist {bertdist.__version__}, {facts['written']}, in {os.getcwd()}:",
+            f"Written by bertdist {bertdist.__version__}, {facts['written']}, in {os.getcwd()!r}:",
             *f"  {facts['command']}".splitlines(),
             f"It is {template.name} of bertdist with options, environment and arguments.",
         ],
@@ -328,8 +380,8 @@ def write_job(job: Submission, folder: Path) -> tuple[Path, dict[str, Any]]:
     return folder / JOB_SCRIPT, facts
 
 
-def sbatch_options(job: Submission, template: str, folder: Path) -> dict[str, str]:
-    """Name -> value: those of the script, of the flags, and of --sbatch; later ones win."""
+def given_options(job: Submission, folder: Path) -> dict[str, str]:
+    """Name -> value: those of the flags, and of --sbatch, which win."""
     given, name = job.options, (folder.parent if folder.name == SLURM else folder).name
     log = "%A_%a.log" if given.array else "%j.log"
     flags = {
@@ -344,7 +396,7 @@ def sbatch_options(job: Submission, template: str, folder: Path) -> dict[str, st
         "output": f"{str(folder).replace('%', '%%')}/{log}",
     }
     own = {name: str(value) for name, value in flags.items() if value is not None}
-    return {**template_options(template), **own, **read_options(given.sbatch or "")}
+    return {**own, **read_options(given.sbatch or "")}
 
 
 def _lines_before(options: SubmitConfig, folder: Path) -> list[str]:
@@ -373,8 +425,7 @@ def config_yaml(config: TrainConfig | Sweep | PredictConfig) -> str:
         for section in sections
         for field in dataclasses.fields(section)
     }
-    kept = {name: value for name, value in values.items() if value is not None}
-    return str(yaml.safe_dump(kept, sort_keys=False, allow_unicode=True))
+    return as_yaml({name: value for name, value in values.items() if value is not None})
 
 
 def _versions() -> Iterator[tuple[str, str]]:

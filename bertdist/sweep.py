@@ -32,7 +32,7 @@ import yaml
 
 from bertdist.core.args import TRAIN_SECTIONS, parse_arguments, parse_or_exit
 from bertdist.core.atomic_io import atomic_write, explain_write_errors
-from bertdist.core.config import Section, TrainConfig, config_to_yaml, setting
+from bertdist.core.config import Section, TrainConfig, as_yaml, config_to_yaml, setting
 from bertdist.core.errors import BertdistError, ConfigError
 from bertdist.core.output_files import REPORT_FILE, check_sweep_folder
 from bertdist.core.search_space import Space, check_space, grid_of, read_space, with_values
@@ -323,8 +323,9 @@ def _base_yaml(sweep: Sweep) -> str:
     data = sweep.train.data
     data = replace(data, test_file=None, test_split=data.test_split if data.train_file else None)
     values = yaml.safe_load(config_to_yaml(replace(sweep.train, data=data)))
-    kept = {name: x for name, x in values.items() if name not in {"output_dir", *sweep.space}}
-    return str(yaml.safe_dump(kept, sort_keys=False, allow_unicode=True))
+    return as_yaml(
+        {name: x for name, x in values.items() if name not in {"output_dir", *sweep.space}}
+    )
 
 
 def _say_start(sweep: Sweep, search: "Search", gpus: Sequence[str]) -> None:

@@ -174,6 +174,14 @@ def parse_arguments(
     return tuple(values)
 
 
+def with_first_words(words: Sequence[str], name: str) -> list[str]:
+    """`out out2 --explain 3` -> `--runs out out2 --explain 3`. Raises ConfigError."""
+    number = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
+    if number and any(word.split("=")[0] == f"--{name}" for word in words[number:]):
+        raise ConfigError(f"{words[0]!r} stands before --{name}: give all of them in one place.")
+    return [f"--{name}"] * bool(number) + list(words)
+
+
 def _show_help(request: str, program: str, about: str, sections: list[Any]) -> NoReturn:
     """request: of `help_request`. Exits with 0, or 2 for a name that is no flag."""
     if request in ("usual", "all"):

@@ -10,6 +10,7 @@ import math
 import os
 import re
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -758,8 +759,14 @@ def config_to_yaml(config: TrainConfig | EvaluateConfig) -> str:
     """All values that are not None, as YAML that `--config` reads back."""
     given = dataclasses.asdict(config)
     sections = given.values() if isinstance(config, TrainConfig) else [given]
-    values = {k: v for section in sections for k, v in section.items() if v is not None}
-    return str(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+    return as_yaml({k: v for section in sections for k, v in section.items() if v is not None})
+
+
+def as_yaml(values: Mapping[str, Any]) -> str:
+    """As YAML that reads back the same."""
+    text = str(yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True))
+    # U+0085 unescaped is read as a blank (PyYAML 6.0).
+    return text if "\x85" not in text else str(yaml.safe_dump(dict(values), sort_keys=False))
 
 
 def finished_yaml(file: Path, config: TrainConfig) -> str:
@@ -786,7 +793,7 @@ def finished_yaml(file: Path, config: TrainConfig) -> str:
         values |= {"tune_thresholds": True, "threshold_for": task.threshold_for}
     if values == saved:
         return text
-    return str(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+    return as_yaml(values)
 
 
 def saved_setting(file: Path, name: str) -> Any:

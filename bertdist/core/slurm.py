@@ -27,6 +27,10 @@ ACTIVE = frozenset(
 )
 UNKNOWN_JOB = "Invalid job id specified"
 _SECONDS_PER_DAY = 86400
+# Variables that would change what the commands do or answer: sbatch would wait for the job's end,
+# or make an array of it; squeue would leave jobs out; times would have another form.
+_UNWANTED = ("SBATCH_WAIT", "SBATCH_ARRAY_INX", "SLURM_TIME_FORMAT")
+_PLAIN_STATES = ("RUNNING", "COMPLETED", "CANCELLED")  # whose reason is an earlier one
 _PLAIN_REASONS = ("", "None", "NonZeroExitCode")  # the state says it
 
 
@@ -49,9 +53,21 @@ class JobView(NamedTuple):
 
 def call_slurm(*command: str, seconds: float = CALL_SECONDS) -> tuple[str, str]:
     """What a command prints on standard output, and on standard error. Raises SlurmError."""
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in _UNWANTED and not name.startswith("SQUEUE_")
+    }
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=seconds, check=False
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=seconds,
+            check=False,
         )
     except FileNotFoundError:
         raise NoSlurm(
@@ -102,12 +118,22 @@ def view_of(records: list[dict[str, str]], now: float | None = None) -> JobView 
         state, reason = record["JobState"], record.get("Reason", "None")
         if state == "RUNNING" and (end := _epoch(record.get("EndTime", ""))) is not None:
             left.append(max(0.0, end - now))
-        is_said = state not in ("RUNNING", "COMPLETED") and reason not in _PLAIN_REASONS
-        states[f"{state} ({reason})" if is_said else state] += 1
+        is_said = state not in _PLAIN_STATES and reason not in _PLAIN_REASONS
+        tasks = _number_of_tasks(record.get("ArrayTaskId", ""))
+        states[f"{state} ({reason})" if is_said else state] += tasks
     restarts = [int(x["Restarts"]) for x in records if x.get("Restarts", "").isdecimal()]
     is_active = any(record["JobState"] in ACTIVE for record in records)
     seconds_left = min(left, default=None)
     return JobView(_counted(states), is_active, seconds_left, sum(restarts) if restarts else None)
+
+
+def _number_of_tasks(text: str) -> int:
+    """Of an array that wait in one record: `3` -> 1, `0-7,9` -> 9, `0-31:2%8` -> 16."""
+    number = 0
+    for part in text.split("%")[0].split(","):
+        if match := re.fullmatch(r"(\d+)(?:-(\d+)(?::(\d+))?)?", part):
+            number += len(range(int(match[1]), int(match[2] or match[1]) + 1, int(match[3] or 1)))
+    return max(1, number)
 
 
 def _counted(states: Mapping[str, int]) -> str:
@@ -135,18 +161,32 @@ def _lines(*command: str) -> list[str]:
 def read_record(line: str) -> dict[str, str]:
     """A line of `scontrol show job --oneliner`: `JobId=7 JobName=a b Reason=None ...`."""
     found = re.findall(r"(?:^|\s)([A-Z][\w/:.]*)=(.*?)(?=\s[A-Z][\w/:.]*=|\s*$)", line)
-    return dict(reversed(found))  # the first of each name: a later one is part of a command
+    record = dict(reversed(found))  # the first of each name: a later one is part of a command
+    if command := re.search(r"\sCommand=(.*) WorkDir=", line):  # in which ` LR=` names a folder
+        record["Command"] = command[1]
+    return record
 
 
-def own_jobs(user: str) -> list[tuple[str, str, str]]:
-    """(id, working folder, command) of a user's jobs that wait or run, each array once.
+def own_jobs() -> list[tuple[str, str, str]]:
+    """(id, working folder, command) of this user's jobs that wait or run, each array once.
 
     Raises SlurmError.
     """
-    lines = _lines("squeue", "--noheader", "--user", user, "--format=%F\x1f%Z\x1f%o")
+    # Not by name: $USER may be another one (su, a container).
+    lines = _lines("squeue", "--noheader", "--me", "--format=%F\x1f%Z\x1f%o")
     rows = (line.strip().split("\x1f", 2) for line in lines)
     found = dict.fromkeys((x[0], x[1], x[2]) for x in rows if len(x) == 3)
     return list(found)
+
+
+def jobs_of_script(script: Path) -> list[str]:
+    """Ids of this user's jobs that wait or run and are of a script, submitted by hand or not.
+
+    Raises SlurmError.
+    """
+    path = os.path.realpath(script)
+    found = ((job, os.path.join(place, command)) for job, place, command in own_jobs())
+    return [job for job, of in found if os.path.realpath(of) == path]
 
 
 def _epoch(text: str) -> float | None:

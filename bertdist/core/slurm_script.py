@@ -84,6 +84,11 @@ def job_script(
     return "\n".join(["#!/bin/bash", *comments, *head, *before, given, *lines[last + 1 :], ""])
 
 
+def option_words(options: Mapping[str, str]) -> list[str]:
+    """As words of a command line."""
+    return [f"--{name}={value}" if value else f"--{name}" for name, value in options.items()]
+
+
 def _directive(name: str, value: str) -> str:
     # "#" begins a comment where it is not quoted
     plain = re.fullmatch(r"[\w@%+=:,./\[\]-]*", value)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bertdist.core.args import parse_arguments
+from bertdist.core.args import parse_arguments, with_first_words
 from bertdist.core.config import Section, setting
 from bertdist.core.errors import ConfigError
 from bertdist.core.output_files import REPORT_FILE, check_outputs, is_own_report, is_run_folder
@@ -54,10 +54,7 @@ class ReportConfig(Section):
 
 def read_report_config(arguments: Sequence[str]) -> ReportConfig:
     """`out out2 --explain 10` -> the settings. Raises ConfigError."""
-    words = list(arguments)
-    number = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
-    if number:
-        words = ["--runs", *words]
+    words = with_first_words(arguments, "runs")
     (config,) = parse_arguments(PROGRAM, [ReportConfig], words, ABOUT)
     assert isinstance(config, ReportConfig)
     problems = []

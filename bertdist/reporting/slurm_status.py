@@ -7,10 +7,11 @@ SLURM forgets a job soon after its end, and may not be installed where the table
 columns of the run folder remain, and a line says so.
 """
 
-import getpass
 import json
 import os
 import re
+import socket
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -18,13 +19,20 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from bertdist.core.atomic_io import read_json_object
+from bertdist.core.atomic_io import explain_write_errors, read_json_object
 from bertdist.core.errors import ConfigError
-from bertdist.core.output_files import JOB_FILE, JOB_SCRIPT, SLURM, STATUS, is_run_folder
+from bertdist.core.output_files import (
+    JOB_FILE,
+    JOB_SCRIPT,
+    SLURM,
+    STATUS,
+    is_run_folder,
+    read_owner,
+)
 from bertdist.core.slurm import JobView, NoSlurm, SlurmError, job_view, own_jobs, plain_time
 from bertdist.core.terminal import show, show_table
 from bertdist.tasks.metric_names import LOWER_IS_BETTER, selected_score
-from bertdist.training.trial_runs import TRIALS, is_finished, read_evaluations
+from bertdist.training.trial_runs import TRIALS, is_finished, is_in_use, read_evaluations
 
 HEADER = ("run", "job", "job state", "run state", "step", "score (best)", "time left", "restarts")
 # Of columns that are numbers: never wrapped
@@ -49,6 +57,7 @@ class Progress(NamedTuple):
     state: str = ""
     step: str = ""
     score: str = ""
+    is_alive: bool | None = None  # of a running one: as seen from this host; None if it cannot say
 
 
 def show_status(folders: Sequence[str] | None) -> None:
@@ -57,17 +66,20 @@ def show_status(folders: Sequence[str] | None) -> None:
     if not targets:
         show("You have no jobs of bertdist in the queue; name folders to see their runs.")
         return
-    notes: dict[str, None] = {}
+    note = ""  # once SLURM does not answer it is not asked again: each question may take a minute
+    if folders:
+        try:
+            targets = with_queued_jobs(targets, list(targets_in_queue()))
+        except SlurmError as error:
+            note = _note(error)
     rows = []
     for target in targets:
         view, is_asked = None, False
-        if target.job:
+        if target.job and not note:
             try:
                 view, is_asked = job_view(target.job, target.script), True
-            except NoSlurm as error:
-                notes[f"{str(error).split(':')[0]}: job states are not known."] = None
             except SlurmError as error:
-                notes[str(error)] = None
+                note = _note(error)
         rows.append(row_of(target, view, is_asked, progress_of(target.folder)))
     shown = [
         i for i in range(len(HEADER)) if i in ALWAYS or any(r[i] not in ("", "0") for r in rows)
@@ -75,7 +87,13 @@ def show_status(folders: Sequence[str] | None) -> None:
     right = [place for place, i in enumerate(shown) if i in RIGHT]
     cells = [[row[i] for i in shown] for row in rows]
     show_table("Jobs and runs", [HEADER[i] for i in shown], cells, right)
-    show(*notes)
+    if note:
+        show(note)
+
+
+def _note(error: SlurmError) -> str:
+    what = str(error).split(":")[0] if isinstance(error, NoSlurm) else str(error).rstrip(".")
+    return f"{what}: job states are not known."
 
 
 def row_of(target: Target, view: JobView | None, is_asked: bool, progress: Progress) -> list[str]:
@@ -85,12 +103,16 @@ def row_of(target: Target, view: JobView | None, is_asked: bool, progress: Progr
     """
     left = restarts = ""
     state = "forgotten by SLURM" if is_asked else ""
+    if not target.job and target.script is not None and not progress.state:
+        state = "not submitted"
     if view is not None:
         state = view.state
         left = "" if view.seconds_left is None else plain_time(view.seconds_left)
         restarts = "" if view.restarts is None else str(view.restarts)
     run_state = progress.state
-    if run_state == "running" and is_asked and (view is None or not view.is_active):
+    is_active = view is not None and view.is_active and not view.state.startswith("PENDING")
+    is_over = progress.is_alive is False or (is_asked and progress.is_alive is None)
+    if run_state == "running" and not is_active and is_over:
         run_state = "killed"  # it could not write its end
     if not run_state and view is not None and view.is_active:
         run_state = "not started"
@@ -120,7 +142,8 @@ def targets_in(folders: Sequence[str]) -> Iterable[Target]:
         if _is_target(folder):
             yield _target(folder)
             continue
-        below = [path for path in sorted(folder.iterdir()) if path.is_dir() and _is_target(path)]
+        with explain_write_errors(folder, "read"):
+            below = [path for path in sorted(folder.iterdir()) if _is_target(path)]
         if not below:
             raise ConfigError(f"{given} is not the folder of a run or a job, and holds none.")
         is_only = len(folders) == 1
@@ -128,24 +151,47 @@ def targets_in(folders: Sequence[str]) -> Iterable[Target]:
 
 
 def _is_target(folder: Path) -> bool:
-    is_sweep = (folder / TRIALS).is_dir()
-    return _job_file(folder).is_file() or is_sweep or is_run_folder(folder)
+    with suppress(OSError):
+        is_sweep = (folder / TRIALS).is_dir()
+        return _job_file(folder).is_file() or is_sweep or is_run_folder(folder)
+    return False
+
+
+def _is_of_prediction(folder: Path) -> bool:
+    """Whether it is OUTPUT.slurm; a run's folder may have such a name too."""
+    return folder.suffix == f".{SLURM}" and (folder / JOB_FILE).is_file()
 
 
 def _job_file(folder: Path) -> Path:
     """Of a run's folder, and of OUTPUT.slurm."""
-    return folder / JOB_FILE if folder.suffix == f".{SLURM}" else folder / SLURM / JOB_FILE
+    return folder / JOB_FILE if _is_of_prediction(folder) else folder / SLURM / JOB_FILE
 
 
 def _target(folder: Path, name: str = "") -> Target:
-    job = read_json_object(_job_file(folder)).get("job_id")
-    script = _job_file(folder).absolute().with_name(JOB_SCRIPT)
+    file = _job_file(folder)
+    job = read_json_object(file).get("job_id")
+    script = file.absolute().with_name(JOB_SCRIPT) if file.is_file() else None
     return Target(folder, str(job or ""), name or _short(folder), script)
+
+
+def with_queued_jobs(targets: Iterable[Target], queued: Iterable[Target]) -> list[Target]:
+    """A folder's jobs in the queue instead of the one in its job.json: sbatch may have been called
+    by hand, with the script of an ended job or one of launch/.
+    """
+    jobs = defaultdict[str, list[Target]](list)
+    for target in queued:
+        if target.folder is not None:
+            jobs[os.path.realpath(target.folder)].append(target)
+    found = []
+    for target in targets:
+        own = jobs.get(os.path.realpath(target.folder or ""), [])
+        found += [target._replace(job=x.job, script=None) for x in own] or [target]
+    return found
 
 
 def targets_in_queue() -> Iterable[Target]:
     """The jobs of this user that are of bertdist. Raises SlurmError."""
-    for job, place, command in own_jobs(getpass.getuser()):
+    for job, place, command in own_jobs():
         if (folder := folder_of_job(place, command)) is not None:
             yield Target(folder or None, job, _short(folder) if str(folder) != "." else command)
 
@@ -165,7 +211,7 @@ def folder_of_job(place: str, command: str) -> Path | None:
         job = Path(place, command).parent
         if not (job / JOB_FILE).is_file():
             return None
-        return job if job.suffix == f".{SLURM}" else job.parent
+        return job.parent if job.name == SLURM else job
     script, *words = command.split() or [""]
     path = Path(place, script)
     if path.name not in SCRIPTS:
@@ -185,9 +231,16 @@ def folder_of_job(place: str, command: str) -> Path | None:
 
 def progress_of(folder: Path | None) -> Progress:
     """Of a run or a sweep; empty where there is none (yet)."""
-    if folder is None:
-        return Progress()
-    if folder.suffix == f".{SLURM}":
+    try:
+        return Progress() if folder is None else _progress_of(folder)
+    except OSError as error:
+        return Progress(f"cannot be read ({error.strerror})")
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+        return Progress("its files are damaged")  # which does not hide the other runs
+
+
+def _progress_of(folder: Path) -> Progress:
+    if _is_of_prediction(folder):
         return _progress_of_prediction(folder)
     if (folder / TRIALS).is_dir():
         return _progress_of_sweep(folder)
@@ -200,7 +253,23 @@ def progress_of(folder: Path | None) -> Progress:
     step = max(step, last.get("step", 0)) if status["state"] == "running" else step
     total = total_steps(settings, last)
     shown = f"{step:,} of {total:,}" if total else f"{step:,}"
-    return Progress(str(status["state"]), shown, _scores(folder, settings))
+    is_alive = _is_alive(folder) if status["state"] == "running" else None
+    return Progress(str(status["state"]), shown, _scores(folder, settings), is_alive)
+
+
+def _is_alive(folder: Path) -> bool | None:
+    """Whether a process trains there, if this host can see it."""
+    if is_in_use(folder):
+        return True
+    owner = read_owner(folder)
+    if owner is not None and owner["host"] == socket.gethostname():
+        with suppress(PermissionError, OverflowError):  # of another user
+            try:
+                os.kill(owner["pid"], 0)
+            except ProcessLookupError:
+                return False
+        return True
+    return None
 
 
 def total_steps(settings: dict[str, Any], line: dict[str, Any]) -> int | None:

@@ -20,7 +20,6 @@ metrics.jsonl is the record of a run, and a tracker has a copy of it:
 import itertools
 import os
 import queue
-import re
 import secrets
 import sys
 import threading
@@ -37,6 +36,7 @@ from bertdist.core.atomic_io import atomic_write, read_json_object, to_json
 from bertdist.core.config import RunConfig, TrainConfig
 from bertdist.core.errors import ConfigError
 from bertdist.core.output_files import TRACKER
+from bertdist.core.urls import without_secrets
 from bertdist.distributed.launch import installed_trackers, package_version
 
 START_SECONDS = 60.0  # for a tracker to start
@@ -318,11 +318,6 @@ def flat_settings(config: TrainConfig, **others: Any) -> dict[str, bool | int | 
             values = value if isinstance(value, list | tuple) else [value]
             settings[name] = ", ".join(without_secrets(str(each)) for each in values)
     return settings
-
-
-def without_secrets(text: str) -> str:
-    """URLs in a text without user, password (which may have an @), query and fragment."""
-    return re.sub(r"(\w+://)(?:[^/\s]*@)?([^\s?#]*)(?:[?#]\S*)?", r"\1\2", text)
 
 
 def numbers(values: Mapping[str, Any]) -> dict[str, float]:

@@ -46,11 +46,13 @@ def sbatch(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             f"cat {folder}/state"
         ),
         "sacct": "exit 1",
+        "squeue": f"cat {folder}/queue",
     }
     for name, text in texts.items():
         (commands / name).write_text(f"#!/bin/bash\n{text}\n")
         (commands / name).chmod(0o755)
     (folder / "state").write_text("JobId=41 JobState=PENDING Reason=Priority\n")
+    (folder / "queue").touch()
     monkeypatch.setenv("PATH", f"{commands}:/usr/bin:/bin")
     return commands
 
@@ -95,7 +97,19 @@ def test_flags_of_the_job_stand_before_the_command() -> None:
             "--nodes is a flag of the job: it stands before the word train.",
         ),
         ([*TRAIN, "--dry-run"], "--dry_run stands before train"),
-        (["--time=1", "--sbatch=--time=2", *TRAIN], "--sbatch gives --time, and so does --time."),
+        (["--sbatch=--time=2", *TRAIN], "--sbatch gives --time: give it as --time, before train."),
+        (["--sbatch=-a 0-1", *TRAIN], "--sbatch gives --array: give it as --array, before train."),
+        (["--sbatch=--arr=0-1", *TRAIN], "--sbatch gives --arr: give it as --array, before train."),
+        (["--sbatch=--wait", *TRAIN], "--sbatch gives --wait, with which sbatch does not submit"),
+        (["--job_name=a\nb", *TRAIN], "--job_name is 'a\\nb': a line break or another control"),
+        ([*TRAIN, "--output_dir=a\\b"], "The folder "),
+        ([*TRAIN, "--output_dir=a\nb"], "The folder "),
+        ([*TRAIN, "--dry_run=yes"], "--dry_run stands before train"),
+        ([*TRAIN, "--config=dry.yaml"], "--dry_run of train needs no job"),
+        ([*TRAIN, "--train_file=-"], "--train_file - is not there in a job: give a file."),
+        ([*PREDICT, "--input=/dev/fd/63"], "--input /dev/fd/63 is not there in a job"),
+        ([*PREDICT, "--output=-"], "--output -: the predictions of a job go into a file."),
+        ([*PREDICT, "--output=/dev/stdout"], "--output /dev/stdout: the predictions of a job"),
         ([*TRAIN, "--lerning_rate=1"], "Unknown setting --lerning_rate"),
         (PREDICT[:-1], "--output is missing"),
         (["sweep", "--output_dir=s", "--status"], "--status needs no job"),
@@ -104,8 +118,10 @@ def test_flags_of_the_job_stand_before_the_command() -> None:
 def test_a_mistake_is_one_line(
     words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    Path("dry.yaml").write_text("dry_run: true\n")
     code, out, error = run(capsys, "submit", *words)
     assert (code, out) == (1, "") and error.startswith(f"bertdist: {message}")
+    assert error.count("\n") == 1
     assert not Path("out").exists()
 
 
@@ -155,6 +171,9 @@ def test_the_config_of_the_job_reads_back_the_same(words: list[str]) -> None:
     Path("config.yaml").write_text(config_yaml(job.config))
     again = JOB_COMMANDS[job.command].read(["--config", "config.yaml"])
     assert again == job.config
+    odd = submission(*words, "--text_column", "\x85", "null", "1e3", "- x", " ", "é: #", "a\nb")
+    Path("config.yaml").write_text(config_yaml(odd.config))
+    assert JOB_COMMANDS[job.command].read(["--config", "config.yaml"]) == odd.config
     other = submission(*words, *more, "--max_length=77")
     assert again != other.config
 
@@ -172,7 +191,8 @@ def test_a_submission(folder: Path, sbatch: Path, capsys: pytest.CaptureFixture[
     job = folder / "out" / "slurm"
     assert out.startswith(f"Submitted job 41 (out); {job}/job.slurm.\n")
     assert "bertdist slurm status out\n" in out and f"{job}/41.log\n" in out
-    assert Path("sbatch.log").read_text() == f"--parsable {job}/job.slurm\n"
+    options = f"--job-name=out --nodes=2 --gpus-per-node=a100:4 --output={job}/%j.log --qos=high"
+    assert Path("sbatch.log").read_text() == f"--parsable {options} {job}/job.slurm\n"
 
     script = (job / "job.slurm").read_text()
     lines = script.splitlines()
@@ -209,6 +229,43 @@ def test_a_second_submission_while_the_first_waits(
     (folder / "state").write_text("JobId=41 JobState=COMPLETED Reason=None\n")
     assert run(capsys, "submit", *TRAIN, "--seed=9")[0] == 0
     assert Path("sbatch.log").read_text().count("\n") == 2
+
+
+def test_a_job_that_was_not_noted_is_found_in_the_queue(
+    folder: Path, sbatch: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One of `sbatch out/slurm/job.slurm` by hand, or of a submission that was interrupted."""
+    assert run(capsys, "submit", "--dry_run", *TRAIN)[0] == 0
+    (folder / "queue").write_text(f"41\x1f{folder}\x1f{folder}/out/slurm/job.slurm\n")
+    before = (folder / "out/slurm/config.yaml").read_bytes()
+    code, _, error = run(capsys, "submit", *TRAIN, "--seed=9")
+    assert code == 1 and "out already has job 41, PENDING (Priority)" in error
+    assert (folder / "out/slurm/config.yaml").read_bytes() == before
+    (folder / "queue").write_text(f"41\x1f{folder}\x1f{folder}/other/slurm/job.slurm\n")
+    assert run(capsys, "submit", *TRAIN, "--seed=9")[0] == 0
+
+
+def test_an_answer_without_a_number_is_no_submission(
+    sbatch: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (sbatch / "sbatch").write_text("#!/bin/bash\necho done\n")
+    assert run(capsys, "submit", *TRAIN)[2].startswith("bertdist: sbatch answers 'done', not")
+
+
+def test_a_folder_with_percent_signs_and_a_dash(
+    sbatch: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = run(capsys, "submit", *TRAIN, "--output_dir=-5%j")
+    assert code == 0 and "status ./-5%j\n" in out and "/-5%j/slurm/41.log\n" in out
+
+
+def test_passwords_of_urls_are_not_noted(sbatch: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    url = "https://me:secret@host/t.tsv?sig=secret"
+    assert run(capsys, "submit", *TRAIN, f"--validation_file={url}")[0] == 0
+    for name in ("job.json", "job.slurm"):
+        text = Path("out/slurm", name).read_text()
+        assert "secret" not in text and "--validation_file=https://host/t.tsv" in text
+    assert url in Path("out/slurm/config.yaml").read_text()  # which the job reads
 
 
 def test_a_dry_run_shows_the_script_and_submits_nothing(

@@ -14,6 +14,7 @@ from bertdist.core.slurm import (
     error_text,
     is_time_limit,
     job_view,
+    jobs_of_script,
     own_jobs,
     plain_time,
     read_record,
@@ -48,6 +49,8 @@ def test_a_waiting_job_says_why_and_a_failed_one_does_not() -> None:
     assert view_of([read_record(failed)]) == JobView("FAILED", False, None, 0)
     held = PENDING.replace("Resources", "JobHeldUser")
     assert view_of([read_record(held)]) == JobView("PENDING (JobHeldUser)", True, None, 0)
+    cancelled = held.replace("PENDING", "CANCELLED")  # while it was held
+    assert view_of([read_record(cancelled)]) == JobView("CANCELLED", False, None, 0)
 
 
 def test_tasks_of_an_array_are_counted() -> None:
@@ -55,6 +58,9 @@ def test_tasks_of_an_array_are_counted() -> None:
     view = view_of(list(map(read_record, [done, done, PENDING])))
     assert view == JobView("2 COMPLETED, 1 PENDING (Resources)", True, None, 0)
     assert view_of([]) is None
+    waiting = PENDING.replace("JobId=8", "JobId=8 ArrayJobId=8 ArrayTaskId=2-7,9%2")
+    view = view_of(list(map(read_record, [RUNNING, waiting])))
+    assert view and view.state == "1 RUNNING, 7 PENDING (Resources)"
 
 
 @pytest.mark.parametrize("state", ["COMPLETED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED"])
@@ -100,13 +106,26 @@ def test_the_same_id_may_be_another_job(monkeypatch: pytest.MonkeyPatch) -> None
     )
     assert job_view("8", Path("/home/me/it's out/slurm/job.slurm")) == job_view("8") is not None
     assert job_view("8", Path("/home/me/out/slurm/job.slurm")) is None
+    script = "/home/me/it LR=1e-5/slurm/job.slurm"
+    answers(monkeypatch, scontrol=f"{PENDING} Command={script} WorkDir=/home/me/it LR=1e-5\n")
+    assert job_view("8", Path(script)) is not None
 
 
 def test_jobs_of_a_user_have_an_array_once(monkeypatch: pytest.MonkeyPatch) -> None:
     line = "12\x1f/home/me\x1f/home/me/a|b/slurm/job.slurm\n"
     answers(monkeypatch, squeue=line + line + "13\x1f/tmp\x1f(null)\n\n")
     expected = [("12", "/home/me", "/home/me/a|b/slurm/job.slurm"), ("13", "/tmp", "(null)")]
-    assert own_jobs("me") == expected
+    assert own_jobs() == expected
+    assert jobs_of_script(Path("/home/me/x/../a|b/slurm/job.slurm")) == ["12"]
+    assert jobs_of_script(Path("/home/me/b/slurm/job.slurm")) == []
+
+
+def test_variables_do_not_change_what_a_command_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SBATCH_WAIT", "SBATCH_ARRAY_INX", "SQUEUE_STATES", "SLURM_TIME_FORMAT"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("SLURM_CONF", "/etc/here")
+    names = [line.split("=")[0] for line in slurm.call_slurm("env")[0].splitlines()]
+    assert [x for x in names if x.startswith(("SBATCH_", "SQUEUE_", "SLURM_"))] == ["SLURM_CONF"]
 
 
 def test_errors_are_one_line() -> None:

@@ -1,10 +1,13 @@
 """The table of `bertdist slurm status`, from run folders and made-up answers of SLURM."""
 
 import json
+import os
+import socket
 from pathlib import Path
 
 import pytest
 import yaml
+from filelock import FileLock
 
 from bertdist.core.errors import ConfigError
 from bertdist.core.slurm import JobView, NoSlurm, SlurmError
@@ -19,6 +22,7 @@ from bertdist.reporting.slurm_status import (
     targets_in,
     targets_in_queue,
     total_steps,
+    with_queued_jobs,
 )
 
 LINES = [
@@ -27,6 +31,11 @@ LINES = [
     {"kind": "eval", "step": 20, "epoch": 1.0, "loss": 0.7, "accuracy": 0.625, "f1_macro": 0.6},
     {"kind": "train", "step": 25, "epoch": 1.25, "loss": 0.6},
 ]
+
+
+@pytest.fixture(autouse=True)
+def _no_queue(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slurm_status, "own_jobs", list)
 
 
 def make_run(folder: Path, job: str = "", state: str = "running", **settings: object) -> Path:
@@ -94,6 +103,13 @@ TARGET = Target(Path("out"), "41", "out")
         (None, True, "running", ["forgotten by SLURM", "killed", "", ""]),
         (None, True, "finished", ["forgotten by SLURM", "finished", "", ""]),
         (None, False, "running", ["", "running", "", ""]),  # SLURM is not here
+        # requeued after a lost node
+        (
+            JobView("PENDING (BeginTime)", True),
+            True,
+            "running",
+            ["PENDING (BeginTime)", "killed", "", ""],
+        ),
     ],
 )
 def test_states_of_job_and_run(
@@ -101,6 +117,16 @@ def test_states_of_job_and_run(
 ) -> None:
     row = row_of(TARGET, view, is_asked, Progress(state))
     assert [row[2], row[3], row[6], row[7]] == expected
+
+
+def test_states_of_runs_without_a_job() -> None:
+    for is_alive, expected in ((True, "running"), (None, "running"), (False, "killed")):
+        assert row_of(TARGET, None, False, Progress("running", is_alive=is_alive))[3] == expected
+    # an ended job's run goes on by hand
+    assert row_of(TARGET, None, True, Progress("running", is_alive=True))[3] == "running"
+    written = Target(Path("out"), "", "out", Path("out/slurm/job.slurm"))
+    assert row_of(written, None, False, Progress())[2:4] == ["not submitted", ""]
+    assert row_of(written, None, False, Progress("finished"))[2:4] == ["", "finished"]
 
 
 def test_folders_and_folders_of_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,8 +164,59 @@ def test_jobs_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         ("8", place, "bash"),
         ("9", place, "train.slurm"),
     ]
-    monkeypatch.setattr(slurm_status, "own_jobs", lambda user: jobs)
+    monkeypatch.setattr(slurm_status, "own_jobs", lambda: jobs)
     assert [(x.name, x.job) for x in targets_in_queue()] == [("out", "7"), ("train.slurm", "9")]
+
+
+def test_a_job_submitted_by_hand_is_that_of_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_run(Path("out"), "7")
+    make_run(Path("other"), "6")
+    jobs = [("9", str(tmp_path), "out/slurm/job.slurm"), ("8", "/", f"/x/train.slurm --output_dir={tmp_path}/out")]  # fmt: skip
+    monkeypatch.setattr(slurm_status, "own_jobs", lambda: jobs)
+    found = with_queued_jobs(targets_in(["out", "other"]), targets_in_queue())
+    assert [(x.name, x.job) for x in found] == [("out", "9"), ("out", "8"), ("other", "6")]
+
+
+def test_a_damaged_run_does_not_hide_the_others(tmp_path: Path) -> None:
+    damaged = Progress("its files are damaged")
+    run = make_run(tmp_path / "a", num_train_epochs="x")
+    assert progress_of(run) == damaged
+    run = make_run(tmp_path / "b", metric_for_best_model=["f1"])
+    assert progress_of(run) == damaged
+    run = make_run(tmp_path / "c")
+    (run / "metrics.jsonl").write_text('{"step": "x", "epoch": 1}\n')
+    assert progress_of(run) == damaged
+    (tmp_path / "d" / "trials").mkdir(parents=True)
+    (tmp_path / "d" / "sweep.json").write_text('{"trials": "x"}')
+    assert progress_of(tmp_path / "d") == damaged
+
+
+def test_a_run_may_be_named_like_the_folder_of_a_prediction(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "out.slurm", "7")
+    assert [(x.folder, x.job) for x in targets_in([str(run)])] == [(run, "7")]
+    assert progress_of(run).state == "running"
+    assert folder_of_job("/", f"{run}/slurm/job.slurm") == run
+
+
+def test_whether_a_process_trains_is_known_on_its_host(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path / "out")
+    assert progress_of(run).is_alive is None
+    for host, pid, expected in (
+        (socket.gethostname(), os.getpid(), True),
+        (socket.gethostname(), (1 << 22) + 1, False),  # more than Linux has
+        ("elsewhere", (1 << 22) + 1, None),
+    ):
+        owner = {"host": host, "pid": pid, "since": "now"}
+        (run / "running.json").write_text(json.dumps(owner))
+        assert progress_of(run).is_alive is expected
+    (run / "run.lock").touch()
+    with FileLock(run / "run.lock"):
+        assert progress_of(run).is_alive
 
 
 def table(
@@ -173,7 +250,7 @@ def test_the_table(
     ("error", "note"),
     [
         (NoSlurm("SLURM is not installed here: there is no command scontrol."), "SLURM is not installed here: job states are not known."),
-        (SlurmError("scontrol: Unable to contact slurm controller"), "scontrol: Unable to contact slurm controller"),
+        (SlurmError("scontrol: Unable to contact slurm controller"), "scontrol: Unable to contact slurm controller: job states are not known."),
     ],
 )  # fmt: skip
 def test_without_slurm_the_run_is_shown(
@@ -185,11 +262,15 @@ def test_without_slurm_the_run_is_shown(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     make_run(Path("out"), "7")
+    make_run(Path("second"), "8")
+    asked = []
 
     def no_answer(job: str, script: Path) -> JobView:
+        asked.append(job)
         raise error
 
     monkeypatch.setattr(slurm_status, "job_view", no_answer)
-    lines = table(capsys, monkeypatch, "out", width=120)
+    lines = table(capsys, monkeypatch, "out", "second", width=120)
+    assert asked == ["7"]  # each question may take a minute
     assert lines[-1] == note and "job state" not in " ".join(lines[:-1])
     assert "running    25 of 60" in " ".join(lines)

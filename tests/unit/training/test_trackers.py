@@ -16,10 +16,11 @@ from accelerate.tracking import GeneralTracker
 from bertdist.core.args import read_config
 from bertdist.core.config import RunConfig, TrainConfig
 from bertdist.core.errors import ConfigError
+from bertdist.core.urls import without_secrets
 from bertdist.train import train
 from bertdist.training import trackers
 from bertdist.training.run_logger import Hooks
-from bertdist.training.trackers import Trackers, flat_settings, tracked_run, without_secrets
+from bertdist.training.trackers import Trackers, flat_settings, tracked_run
 from tests.rows import words_of, write_split
 
 VARIABLES = ("WANDB_PROJECT", "WANDB_NAME", "WANDB_RUN_ID", "MLFLOW_EXPERIMENT_NAME")
