@@ -19,7 +19,12 @@ from transformers import get_scheduler
 from bertdist.core.config import OptimConfig
 from bertdist.core.errors import ConfigError
 from bertdist.models.architectures import layer_index
-from bertdist.models.cpu_layers import gradient_norm, scale_gradients, zero_grad
+from bertdist.models.cpu_layers import (
+    gradient_norm,
+    parameters_of,
+    scale_gradients,
+    zero_grad,
+)
 
 
 def create_optimizer(model: nn.Module, config: OptimConfig) -> AdamW:
@@ -88,8 +93,9 @@ def clip_gradients(model: nn.Module, max_norm: float, accelerator: Accelerator) 
     As accelerate clips, to rounding. On a CPU without its passes over what does not change: all
     gradients where the norm is not above max_norm, rows of the word embedding without a gradient.
     """
-    if accelerator.scaler is not None or not is_on_cpu(next(model.parameters())):
-        found: Tensor | None = accelerator.clip_grad_norm_(model.parameters(), max_norm)
+    parameters = parameters_of(model)
+    if accelerator.scaler is not None or not is_on_cpu(parameters[0]):
+        found: Tensor | None = accelerator.clip_grad_norm_(parameters, max_norm)
         assert found is not None
         return found
     norm = gradient_norm(model)

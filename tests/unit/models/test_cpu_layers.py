@@ -4,6 +4,8 @@ Legend: R rows.
 """
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +21,7 @@ from bertdist.models import cpu_layers
 from bertdist.models.cpu_layers import (
     OneDnnLinear,
     ReusedGradientEmbedding,
+    parameters_of,
     reuse_embedding_gradient,
     use_onednn,
     zero_grad,
@@ -92,6 +95,33 @@ def test_after_a_step_the_gradient_is_zero_and_the_same_tensor() -> None:
     backward(plain, BATCHES[0])
     assert gradient(kept).data_ptr() == place
     assert torch.equal(gradient(kept), gradient(plain))
+
+
+def test_parameters_are_looked_up_once_and_forgotten_with_the_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    late, plain = pair()
+    late.table.__class__ = nn.Embedding
+    walks: list[nn.Module] = []
+    modules = nn.Module.modules
+    monkeypatch.setattr(nn.Module, "modules", lambda self: walks.append(self) or modules(self))
+    for _ in range(2):
+        backward(late, BATCHES[0])
+        zero_grad(late)
+    assert len(walks) == 1
+    assert all(a is b for a, b in zip(parameters_of(late), late.parameters(), strict=True))
+    reuse_embedding_gradient(late)  # after they were looked up: right, if not faster
+    for ids in BATCHES[1:]:
+        for model in (late, plain):
+            backward(model, ids)
+        assert torch.equal(gradient(late), gradient(plain))
+        zero_grad(late)
+        plain.zero_grad()
+    walks.clear()
+    alive = weakref.ref(late)
+    del late, model
+    gc.collect()
+    assert alive() is None
 
 
 def test_rows_that_are_not_recorded_are_detected() -> None:
