@@ -57,7 +57,8 @@ class PartialFile:
         if self._is_saved and isinstance(error, BertdistError):
             with contextlib.suppress(BertdistError, OSError), self._explained(self.path, 0):
                 state = read_json_object(self._state_path)
-                atomic_write(self._state_path, json.dumps({**state, "error": str(error)}).encode())
+                state |= {"job": _slurm_job(), "error": str(error)}
+                atomic_write(self._state_path, json.dumps(state).encode())
         self.close()
 
     def _open(self) -> IO[bytes]:
@@ -168,6 +169,7 @@ class PartialFile:
 
     def _write_state(self, size: int, state: dict[str, Any] | None) -> None:
         content = {"format": FORMAT, "key": self._key, "bytes": size, "state": state}
+        content["job"] = _slurm_job()
         atomic_write(self._state_path, json.dumps(content).encode())
 
 
@@ -228,6 +230,11 @@ def partial_paths(target: Path) -> tuple[Path, Path]:
     """The partial file of a target, and its state."""
     partial = target.with_name(f".{target.name}.partial")
     return partial, partial.with_name(f"{partial.name}.json")
+
+
+def _slurm_job() -> str | None:
+    """For launch/predict.slurm: which job has saved it."""
+    return os.environ.get("SLURM_JOB_ID")
 
 
 def stamp_of(files: Iterable[str | Path]) -> list[Any]:

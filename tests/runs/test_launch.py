@@ -239,12 +239,14 @@ def test_a_launch_that_starts_one_process_of_two_is_refused(
 COMMANDS = {
     # srun runs one task; after a failure the script runs `true` to test all nodes
     "srun": """
+        [[ $* == *train.py* ]] && echo "$* / ${SLURM_EXPORT_ENV:-} ${!SLURM_CPU_BIND*}" >>"$FAKE/step"
         while [[ $1 == --* ]]; do shift; done
         [[ $1 == true ]] && exit ${FAKE_LOST:-0}
         SLURM_PROCID=0 SLURMD_NODENAME=node7 exec "$@" """,
     "accelerate": """
         echo "$*" >>"$FAKE/accelerate"
         echo "${OMP_NUM_THREADS} ${ACCELERATE_USE_CPU:-}" >>"$FAKE/accelerate.env"
+        echo "$SLURM_JOB_END_TIME" >>"$FAKE/end"
         if [[ ${FAKE_WAITS:-} ]]; then
             touch "$FAKE/waits"
             until [[ -e $FAKE/scancel ]]; do sleep 0.05; done
@@ -259,13 +261,12 @@ COMMANDS = {
     "scancel": 'echo "$*" >>"$FAKE/scancel"',
     "scontrol": """
         case "$1 $2" in
+            "--oneliner show")
+                echo "JobId=$4 Restarts=${FAKE_RESTARTS-$SLURM_RESTART_COUNT} EndTime=$(date -d '+1 hour' +%FT%T)" ;;
             "show hostnames") printf 'node7\\nnode8\\n' ;;
             "show job") echo "PreemptEligibleTime=2026-11-27T11:16:11 PreemptTime=${FAKE_PREEMPTED:-None}" ;;
             requeue*) echo "$2" >>"$FAKE/requeue" ;;
         esac""",
-    "squeue": """
-        echo "$*" >>"$FAKE/squeue"
-        date -d '+1 hour' +%FT%T""",
     # reading the config takes seconds: one test does it
     "python": """
         if [[ $2 == *read_config* && ! ${FAKE_READ:-} ]]; then echo "$FAKE/out"; exit; fi
@@ -364,7 +365,7 @@ def test_a_job_launches_one_process_per_gpu(
     )
     out, _ = run.communicate(timeout=SECONDS)
     assert run.returncode == 0, out
-    words = f"launch --machine_rank 0 --config_file accelerate_configs/{config}.yaml"
+    words = f"launch --quiet --machine_rank 0 --config_file accelerate_configs/{config}.yaml"
     if processes > 1:
         logs = "--tee 3 --role node7. --log_dir bertdist-123456/attempt_0/node7"
         words = words.replace("--config", f"{logs} --config")
@@ -399,6 +400,7 @@ ENDS = [
     ("killed at once", "running", "", 5, 1, {}, 1, False, "no progress since step 5"),
     ("it did not begin", "", "", 5, 1, {}, 1, False, "state none"),
     ("nothing, and no error", "", "", 5, 0, {}, 1, False, "state none"),
+    ("refused: another job trains there", "", "", 10, 1, {}, 1, False, "state none"),
     ("limit", "preempted", "", 10, 1, LAST, 1, False, "restarted 2 times (MAX_RESTARTS)"),
     ("below it", "preempted", "", 10, 1, {**LAST, "SLURM_RESTART_COUNT": "1"}, 0, True, "2 of at"),
 ]
@@ -419,7 +421,9 @@ def test_a_job_is_requeued_if_it_can_go_on(
     requeued: bool,
     said: str,
 ) -> None:
-    before = '{"state": "preempted", "step": 5}'  # of an earlier attempt: it must be ignored
+    before = (
+        '{"state": "preempted", "step": 5}'  # of an earlier attempt or another job: to be ignored
+    )
     (slurm.folder / "out/status.json").write_text(before)
     (slurm.folder / "out/checkpoints/step_5").mkdir(parents=True)
     fake = {"FAKE_STATE": state, "FAKE_CAUSE": cause, "FAKE_CODE": str(code)}
@@ -427,6 +431,64 @@ def test_a_job_is_requeued_if_it_can_go_on(
     out, _ = run.communicate(timeout=SECONDS)
     assert (run.returncode, slurm.record("requeue")) == (ends, "123456\n" if requeued else ""), out
     assert said in out
+    assert state or (slurm.folder / "out/status.json").read_text() == before, "it may be another's"
+
+
+def test_a_finished_run_that_is_refused_later_is_an_error(slurm: FakeSlurm) -> None:
+    """Such as with another setting."""
+    (slurm.folder / "out/status.json").write_text('{"state": "finished", "step": 10}')
+    out, _ = (run := slurm.job("train.slurm", FAKE_CODE="1")).communicate(timeout=SECONDS)
+    assert (run.returncode, slurm.record("requeue")) == (1, ""), out
+
+
+def test_a_run_folder_that_is_a_link_is_requeued(slurm: FakeSlurm) -> None:
+    """To a faster disk. A damaged checkpoint is none."""
+    (slurm.folder / "out").rename(slurm.folder / "elsewhere")
+    (slurm.folder / "out").symlink_to("elsewhere")
+    (slurm.folder / "elsewhere/checkpoints/step_000012.damaged").mkdir(parents=True)
+    job = slurm.job("train.slurm", FAKE_STATE="preempted", FAKE_CODE="1")
+    out, _ = job.communicate(timeout=SECONDS)
+    assert (job.returncode, slurm.record("requeue")) == (0, "123456\n"), out
+
+
+def test_variables_of_a_job_that_submitted_this_one_are_not_used(slurm: FakeSlurm) -> None:
+    """sbatch passes them on. SLURM_EXPORT_ENV is what `sbatch --export=NONE` sets."""
+    outer = {"SLURM_RESTART_COUNT": "7", "SLURM_JOB_END_TIME": "111", "SLURM_NTASKS": "4"}
+    outer |= {"SLURM_CPU_BIND": "mask_cpu:0x1", "SLURM_CPU_BIND_LIST": "0x1"}
+    job = {"FAKE_STATE": "finished", "FAKE_RESTARTS": "0", "MAX_RESTARTS": "5"}
+    run = slurm.job("train.slurm", SLURM_EXPORT_ENV="NONE", **outer, **job)
+    out, _ = run.communicate(timeout=SECONDS)
+    assert run.returncode == 0 and "attempt 0" in out, out
+    assert 3500 < int(slurm.record("end")) - time.time() < 3700
+    step = slurm.record("step")
+    assert step.startswith("--nodes=1 --ntasks=1 ") and step.endswith("/ ALL \n"), step
+
+
+@pytest.mark.parametrize("script", ["train", "predict", "sweep"])
+def test_a_signal_before_the_start_ends_the_job(slurm: FakeSlurm, script: str) -> None:
+    """With a time limit below 120 s SLURM sends it at once."""
+    job = slurm.job(f"{script}.slurm", SETUP='kill -USR1 "$$"')
+    out, _ = job.communicate(timeout=SECONDS)
+    assert (job.returncode, slurm.record("accelerate"), slurm.record("requeue")) == (1, "", ""), out
+    assert "USR1 came before the start" in out and "not requeued" in out
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("SETUP", "no_such_command", "SETUP ended with exit code 127: no_such_command"),
+        ("CONTAINER", "run 'b", "bash cannot read CONTAINER or SRUN_OPTIONS: run 'b"),
+        ("LOG_DIR", "/proc/none", "/proc/none"),
+        ("SLURM_JOB_ID", "", "this is a job of SLURM: sbatch launch/train.slurm"),
+    ],
+)
+def test_variables_that_cannot_be_used_end_the_job(
+    slurm: FakeSlurm, name: str, value: str, said: str
+) -> None:
+    run = slurm.job("train.slurm", **{"NPROC_PER_NODE": "2", name: value})
+    out, _ = run.communicate(timeout=SECONDS)
+    assert (run.returncode, slurm.record("accelerate")) == (1, "")
+    assert said in out.splitlines()[-1], out
 
 
 @pytest.mark.parametrize("fold", ["folds/2", "seeds/43"])
@@ -456,14 +518,16 @@ def test_a_job_of_several_runs_is_judged_by_the_newest(slurm: FakeSlurm, fold: s
 
 def test_modules_containers_and_options_of_srun(slurm: FakeSlurm) -> None:
     """SETUP, CONTAINER and SRUN_OPTIONS; the log of each process where LOG_DIR says."""
-    for name, body in (("apptainer", 'echo "$*" >>"$FAKE/apptainer"; shift 3; exec "$@"'),):
+    for name, body in (
+        ("apptainer", 'echo "$*" >>"$FAKE/apptainer"; [[ $3 == "b c.sif" ]] && shift 3; exec "$@"'),
+    ):
         (slurm.folder / "bin" / name).write_text(f"#!/bin/bash\n{body}\n")
         (slurm.folder / "bin" / name).chmod(0o755)
     srun = slurm.folder / "bin" / "srun"
     srun.write_text(srun.read_text().replace("#!/bin/bash", '#!/bin/bash\necho $* >>"$FAKE/srun"'))
     words = {
-        "SETUP": 'export LOADED="a b"; echo "loaded $LOADED" >"$FAKE/setup"',
-        "CONTAINER": "apptainer exec --nv b.sif",
+        "SETUP": 'set -eo pipefail; export LOADED="a b"; echo "loaded $LOADED" >"$FAKE/setup"',
+        "CONTAINER": "apptainer exec --nv 'b c.sif'",
         "SRUN_OPTIONS": "--container-image=b.sqsh --container-mounts=/data",
         "LOG_DIR": "logs",
         "NPROC_PER_NODE": "2",
@@ -477,8 +541,8 @@ def test_modules_containers_and_options_of_srun(slurm: FakeSlurm) -> None:
     assert "python -c" in steps[0] and "--wait=60" in " ".join(steps)
     assert all(words["SRUN_OPTIONS"] in step for step in steps if "--" in step), steps
     in_container = slurm.record("apptainer").splitlines()
-    assert in_container[0].startswith("exec --nv b.sif python -c")
-    launch = "exec --nv b.sif accelerate launch --machine_rank 0 --tee 3 --role node7. --log_dir"
+    assert in_container[0].startswith("exec --nv b c.sif python -c")
+    launch = "exec --nv b c.sif accelerate launch --quiet --machine_rank 0 --tee 3 --role node7. --log_dir"
     assert any(line.startswith(f"{launch} logs/attempt_0/node7 ") for line in in_container)
     assert slurm.record("accelerate").endswith("4000 bertdist/train.py --output_dir a b\n")
 
@@ -486,7 +550,8 @@ def test_modules_containers_and_options_of_srun(slurm: FakeSlurm) -> None:
 # the job's environment -> what SLURM's commands are given: this task, never the whole array
 ARRAY_TASKS = [
     ({"SLURM_ARRAY_JOB_ID": "123456", "SLURM_ARRAY_TASK_ID": "3"}, "123456_3"),
-    ({"SLURM_ARRAY_JOB_ID": "123453", "SLURM_ARRAY_TASK_ID": "1"}, "123453_1"),
+    # another task, or a job that a task of another array has submitted: the variables are the same
+    ({"SLURM_ARRAY_JOB_ID": "123453", "SLURM_ARRAY_TASK_ID": "1"}, "123456"),
     ({}, "123456"),
 ]
 
@@ -502,7 +567,6 @@ def test_a_task_of_an_array_is_requeued_and_cancelled_alone(
     run.send_signal(signal.SIGUSR1)
     out, _ = run.communicate(timeout=SECONDS)
     assert slurm.record("scancel").splitlines()[0] == f"--signal=USR1 {job}", out
-    assert slurm.record("squeue") == f"--noheader --jobs {job} --format %e\n", out
     assert slurm.record("requeue") == f"{job}\n", out
 
 
@@ -553,14 +617,24 @@ def test_a_job_that_lost_a_node_is_requeued(
     ), out
 
 
-@pytest.mark.parametrize("script", ["train", "predict", "sweep"])
-@pytest.mark.parametrize("value", ["many", "-1", ""])
+@pytest.mark.parametrize(
+    ("script", "name", "value"),
+    [
+        ("train", "MAX_RESTARTS", "many"),
+        ("predict", "MAX_RESTARTS", ""),
+        ("sweep", "MAX_RESTARTS", "-1"),
+        ("train", "MAX_RESTARTS", "08"),
+        ("train", "NPROC_PER_NODE", "0"),
+        ("train", "OMP_NUM_THREADS", "two"),
+    ],
+)
 def test_a_variable_that_is_no_number_ends_the_job(
-    slurm: FakeSlurm, script: str, value: str
+    slurm: FakeSlurm, script: str, name: str, value: str
 ) -> None:
-    out, _ = (run := slurm.job(f"{script}.slurm", MAX_RESTARTS=value)).communicate(timeout=SECONDS)
+    run = slurm.job(f"{script}.slurm", **{name: value})
+    out, _ = run.communicate(timeout=SECONDS)
     assert (run.returncode, slurm.record("accelerate")) == (1, "")
-    assert f"MAX_RESTARTS is '{value}'; expected a whole number." in out
+    assert f"{name} is '{value}'; expected a whole number, {int(name[0] != 'M')} or more." in out
 
 
 def test_a_job_that_slurm_restarts_too_often_ends(slurm: FakeSlurm) -> None:
@@ -603,12 +677,13 @@ def test_a_job_without_bertdist_ends_before_it_launches(slurm: FakeSlurm, tmp_pa
 # --- predict.slurm, in the same way; its state is that of the unfinished output
 
 
-def partial_state(rows: int, command: str = "this", error: str = "") -> str:
+def partial_state(rows: int, command: str = "this", error: str = "", job: str = "123456") -> str:
     """As bertdist/core/partial_file.py writes it; 0 rows: nothing was saved."""
     state = {
         "key": {"input": command},
         "bytes": 9 * rows,
         "state": {"rows": rows} if rows else None,
+        "job": job,
     }
     return json.dumps({**state, "error": error} if error else state)
 
@@ -622,6 +697,8 @@ PREDICTIONS = [
     ("no progress", AT_10, AT_10, {}, False, "no progress since row 10: not requeued"),
     ("nothing saved", None, partial_state(0), {}, False, "no progress since row 0: not requeued"),
     ("no output", None, None, {}, False, "no progress since row 0: not requeued"),
+    ("another job", AT_10, partial_state(20, job="7"), {}, False, "no progress since row 10"),
+    ("another job's error", AT_10, partial_state(20, error="row 7", job="7"), {}, False, "row 10"),
     ("another before", partial_state(90, "another"), AT_10, {}, True, ""),
     ("bad row", None, partial_state(10, error="rows.csv line 7"), {}, False, "the same error"),
     ("100th", None, AT_10, {"SLURM_RESTART_COUNT": "99"}, True, ""),
@@ -687,9 +764,7 @@ def test_a_prediction_launches_all_nodes_and_ends(slurm: FakeSlurm, tmp_path: Pa
         timeout=SECONDS
     )
     assert (run.returncode, slurm.record("requeue")) == (0, ""), out
-    words = (
-        "launch --machine_rank 0 --tee 3 --role node7. --log_dir bertdist-123456/attempt_0/node7"
-    )
+    words = "launch --quiet --machine_rank 0 --tee 3 --role node7. --log_dir bertdist-123456/attempt_0/node7"
     words += " --config_file accelerate_configs/multi_node.yaml"
     words += " --num_machines 2 --num_processes 8 --main_process_ip node7 --main_process_port 23456"
     assert slurm.record("accelerate") == f"{words} bertdist/predict.py --top_k all\n"
@@ -732,7 +807,7 @@ def swept(slurm: FakeSlurm) -> FakeSlurm:
     return slurm
 
 
-ONE_TASK = {"SLURM_ARRAY_JOB_ID": "123453", "SLURM_ARRAY_TASK_ID": "1"}
+ONE_TASK = {"SLURM_ARRAY_JOB_ID": "123456", "SLURM_ARRAY_TASK_ID": "1"}
 # name, trials before and after, exit code, the job's environment -> exit code, requeued, what is said
 SWEEPS = [
     ("finished", "0 9", 0, {}, 0, False, "exit code 0"),
@@ -760,7 +835,7 @@ def test_a_task_of_a_sweep_is_requeued_alone_if_trials_have_advanced(
 ) -> None:
     job = {**ONE_TASK, **job, "FAKE_CODE": str(code), "FAKE_TRIALS": trials}
     out, _ = (run := swept.job("sweep.slurm", "--jobs", "4", **job)).communicate(timeout=SECONDS)
-    assert (run.returncode, swept.record("requeue")) == (ends, "123453_1\n" * requeued), out
+    assert (run.returncode, swept.record("requeue")) == (ends, "123456_1\n" * requeued), out
     assert swept.record("sweep") == "-m bertdist sweep --worker --jobs 4\n"
     assert said in out
 
@@ -780,10 +855,10 @@ def test_a_task_of_a_sweep_passes_a_signal_to_its_step(
         (swept.folder / "scancel").touch()
     out, _ = run.communicate(timeout=SECONDS)
     is_usr1 = number == signal.SIGUSR1
-    assert swept.record("scancel") == "--signal=TERM 123453_1\n" * is_usr1, out
+    assert swept.record("scancel") == "--signal=TERM 123456_1\n" * is_usr1, out
     assert (run.returncode, swept.record("requeue")) == (
         0 if is_usr1 else 75,
-        "123453_1\n" * is_usr1,
+        "123456_1\n" * is_usr1,
     ), out
 
 
