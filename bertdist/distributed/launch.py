@@ -23,7 +23,7 @@ import platform
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
 from datetime import timedelta
@@ -68,6 +68,10 @@ from bertdist.distributed.watchdog import (
 
 # For a process that broke a connection to be seen as dead, and for others to see who prints it.
 DEAD_RANK_WAIT_SECONDS = 2.0
+
+# how long rank 0 keeps the store of a rendezvous that failed, for the others to read it
+KEEP_STORE_SECONDS = 5.0
+ABSENT = "null"  # instead of a rank's Heartbeat as JSON
 # For a process that has lost another rank to exit: gloo's threads may prevent it.
 EXIT_SECONDS = 30
 
@@ -439,12 +443,31 @@ def wait_for_all_ranks(timeout: timedelta) -> TCPStore | None:
     store = _open_store(host, port, is_server, timeout)
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     keys = [f"bertdist/{restart}/{other}" for other in range(num_ranks)]
-    store.set(keys[rank], json.dumps(asdict(own_heartbeat(rank))))
     try:
-        store.wait(keys, timeout)
-        _rendezvous_ranks[:] = [Heartbeat(**json.loads(text)) for text in store.multi_get(keys)]
+        store.compare_set(keys[rank], "", json.dumps(asdict(own_heartbeat(rank))))
+        try:
+            store.wait(keys, timeout)
+        except (dist.DistError, RuntimeError):  # the first whose time is out decides for all
+            for key in keys:
+                store.compare_set(key, "", ABSENT)
+        found = [json.loads(text) for text in store.multi_get(keys)]
+        ranks = [Heartbeat(**fields) if fields else None for fields in found]
+        if None in ranks:
+            store.set(f"{keys[rank]}/read", "")
+            if is_server:  # the others need the store, to read the same
+                read = [f"{key}/read" for key, x in zip(keys, ranks, strict=True) if x is not None]
+                with suppress(dist.DistError, RuntimeError):
+                    store.wait(read, timedelta(seconds=KEEP_STORE_SECONDS))
     except (dist.DistError, RuntimeError):
-        raise _missing_ranks(store, keys, address, within, rank) from None
+        # Rank 0, which keeps the store, was killed.
+        raise _printed_by_one(
+            f"rank {rank} of {num_ranks}: rank 0 exited before the rendezvous completed at "
+            f"{address}; its own message says more.",
+            rank == 1,
+        ) from None
+    if None in ranks:
+        raise _missing_ranks(ranks, within, rank)
+    _rendezvous_ranks[:] = [x for x in ranks if x is not None]
     return store
 
 
@@ -491,31 +514,16 @@ def _open_store(host: str, port: int, is_server: bool, timeout: timedelta) -> TC
     )
 
 
-def _missing_ranks(
-    store: TCPStore, keys: list[str], address: str, within: str, rank: int
-) -> ConfigError:
+def _missing_ranks(ranks: Sequence[Heartbeat | None], within: str, rank: int) -> ConfigError:
     """Names the ranks that have not registered; printed by the lowest rank that has."""
-    try:
-        missing = [other for other, key in enumerate(keys) if not store.check([key])]
-        present = [
-            Heartbeat(**json.loads(store.get(key)))
-            for other, key in enumerate(keys)
-            if other not in missing
-        ]
-    except (dist.DistError, RuntimeError):
-        # Rank 0, which keeps the store, was killed, or has printed it and exited.
-        return _printed_by_one(
-            f"rank {rank} of {len(keys)}: rank 0 exited before the rendezvous completed at "
-            f"{address}; its own message says more.",
-            rank == 1,
-        )
+    missing = [number for number, other in enumerate(ranks) if other is None]
+    present = [other for other in ranks if other is not None]
     numbers = ", ".join(map(str, missing[:20]))
     numbers += f", ... ({len(missing)} in all)" if len(missing) > 20 else ""
     here = ", ".join(f"rank {x.rank} (on {x.host.split(' ')[0]})" for x in present[:20])
-    lowest = next((other for other in range(len(keys)) if other not in missing), None)
     return _printed_by_one(
-        f"Rank {numbers} of {len(keys)} did not arrive at {within}. Present: {here}.",
-        rank == lowest,
+        f"Rank {numbers} of {len(ranks)} did not arrive at {within}. Present: {here}.",
+        bool(present) and rank == present[0].rank,
     )
 
 

@@ -1,5 +1,6 @@
 """How a process starts and ends: exit codes, settings of the process, lost ranks of a launch, the Accelerator, rendezvous."""
 
+import json
 import os
 import signal
 import socket
@@ -8,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -419,6 +420,35 @@ def test_who_does_not_arrive_is_named_once(said: Said) -> None:
         f"Rank 1, 3 of 4 did not arrive at 127.0.0.1:{port} within 5 s (--rank_timeout). Present: rank 0 (on {host}), rank 2 (on {host})."
     )
     assert third == "silent"
+
+
+def test_who_starts_later_is_silent_too(start: Callable[..., Ranks]) -> None:
+    """The first rank, which keeps the store, waits until the others have read who is missing."""
+    first = start([0], 3, port := free_port(), 6)
+    TCPStore("127.0.0.1", port, None, False, timedelta(seconds=60)).wait(["bertdist/0/0"])
+    time.sleep(1)
+    later = start([1], 3, port, 60)
+    assert first.said(0).startswith(f"Rank 2 of 3 did not arrive at 127.0.0.1:{port} within 6 s")
+    assert later.said(0) == "silent"
+
+
+def keep_a_store_without_rank_1(port: int) -> None:
+    store = TCPStore("127.0.0.1", port, None, True, timedelta(seconds=60), False)
+    store.set("bertdist/0/0", json.dumps(asdict(own_heartbeat(0))))
+    store.set("bertdist/0/1", launch.ABSENT)
+    print("ready")
+    time.sleep(SECONDS)
+
+
+def test_who_comes_too_late_does_not_go_on(start: Callable[..., Ranks], tmp_path: Path) -> None:
+    """torchrun's agent keeps the store when the others have given up."""
+    serve = partial(keep_a_store_without_rank_1, port := free_port())
+    agent = Command(serve, ["agent"], tmp_path / "agent")
+    try:
+        assert start([1], 2, port, 60).said(0) == "silent"
+    finally:
+        agent.kill()
+        agent.wait()
 
 
 def test_a_missing_first_rank_is_named(said: Said) -> None:
