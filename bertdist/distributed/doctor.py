@@ -11,6 +11,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -27,8 +28,12 @@ from bertdist.distributed.slurm_config import DoctorConfig
 from bertdist.distributed.task_exchange import Exchange, NotReached, Place, serve
 
 FIRST_SPECIAL_STEP = 0xFFFFFFF0  # of SLURM: the batch script, the shell of salloc
+OWN_STEP = "BERTDIST_DOCTOR_STEP"  # in the environment of a step that `start_step` has started
+END = "\x1e"  # what the first task prints then, before its exit code
+LEAVE_SECONDS = 5.0  # for all tasks to end after the table
 CLOCK_ROUNDS = 3
 TORCH_SECONDS = 120.0  # for all processes to import it and to reduce
+LATE = "RuntimeError: no answer"  # of `measure`, of a process that waits for another one
 STYLES = {"ok": "green", "warning": "yellow", "error": "bold red"}
 
 
@@ -52,7 +57,11 @@ def examine(config: DoctorConfig) -> int:
     except NotReached as error:
         print_error(error)
         return 1
-    return print_table(findings, place)
+    code = print_table(findings, place)
+    if OWN_STEP not in os.environ:
+        return code
+    print(f"{END}{code}", flush=True)
+    return 0  # else srun writes a line about it into the table
 
 
 # ---- The step
@@ -65,28 +74,47 @@ def in_step(environ: Mapping[str, str]) -> bool:
 
 
 def start_step(config: DoctorConfig) -> int:
-    """srun with the job's own tasks; returns its exit code. Raises ConfigError."""
+    """srun with the job's own tasks; returns 1 where a task has failed. Raises ConfigError."""
     cpus = os.environ.get("SLURM_CPUS_PER_TASK")
+    limit = 10 * config.wait + 2 * TORCH_SECONDS
     command = [
-        *("srun", "--kill-on-bad-exit=0", f"--wait={round(config.wait)}"),
+        # Tasks that end at once, such as without Python, do not end the first one before its table.
+        *("srun", "--kill-on-bad-exit=0", f"--wait={round(limit)}"),
         *([f"--cpus-per-task={cpus}"] if cpus else []),
         *(sys.executable, "-m", "bertdist", "slurm", "doctor"),
         *(f"--folder={config.folder}", f"--tasks_per_node={config.tasks_per_node}"),
         *(f"--bandwidth={config.bandwidth}", f"--wait={config.wait}"),
     ]
-    limit = 10 * config.wait + 2 * TORCH_SECONDS
-    columns = {"COLUMNS": str(shutil.get_terminal_size().columns)}  # behind srun is no terminal
+    columns = str(shutil.get_terminal_size().columns)  # behind srun is no terminal
+    environment = {**os.environ, "COLUMNS": columns, OWN_STEP: "1"}
     sys.stdout.flush()
     try:
-        return subprocess.run(
-            command, env={**os.environ, **columns}, timeout=limit, check=False
-        ).returncode
+        srun = subprocess.Popen(
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True
+        )
     except FileNotFoundError:
         raise ConfigError("There is no command srun here: load the module of SLURM.") from None
-    except subprocess.TimeoutExpired:
+    timer = threading.Timer(limit, srun.terminate)
+    timer.start()
+    code, is_in_time = None, True
+    with srun:
+        try:
+            for line in srun.stdout or ():
+                if line.startswith(END):  # of the first task; others may hang
+                    code = int(line.removeprefix(END))
+                    break
+                print(line, end="", flush=True)
+            with suppress(subprocess.TimeoutExpired):
+                srun.wait(LEAVE_SECONDS)
+            is_in_time = timer.is_alive()
+        finally:  # also where nobody reads the table any more
+            timer.cancel()
+            srun.terminate()
+    if code is None and not is_in_time:
         raise ConfigError(
             f"srun did not end within {limit:g} s: a node may not respond (sinfo, squeue)."
-        ) from None
+        )
+    return 1 if code is None else code
 
 
 def place_in_step(environ: Mapping[str, str]) -> Place:
@@ -150,7 +178,7 @@ def find(tasks: Exchange, config: DoctorConfig) -> Iterable[Finding]:
     nodes = int(environ.get("SLURM_JOB_NUM_NODES") or environ.get("SLURM_NNODES") or 1)
     layout = Layout(nodes, place.tasks, config.tasks_per_node)
     mapping = [] if silent else list(doctor_checks.check_tasks(facts, layout))
-    mapping += doctor_checks.check_gpus(facts)
+    mapping += [*doctor_checks.check_variables(facts), *doctor_checks.check_gpus(facts)]
     yield from mapping
     yield from doctor_checks.check_cpus(facts)
     several = len({x["host"] for x in facts}) > 1
@@ -161,7 +189,7 @@ def find(tasks: Exchange, config: DoctorConfig) -> Iterable[Finding]:
     yield from doctor_checks.check_folder(found, facts, folder, config.wait)
     measured: list[Finding] = []
     if config.bandwidth:
-        wrong = any(x.level == "error" for x in mapping) or bool(silent)
+        wrong = any(x.level == "error" for x in mapping) or len(tasks.ranks) < place.tasks
         measured = list(reduce_on_all(tasks, facts, several, wrong, config.wait))
     yield from doctor_checks.check_versions(facts)
     yield from measured
@@ -237,11 +265,16 @@ def reduce_on_all(
     missing = [rank for rank in options if rank not in answers]
     if failed or missing:
         names = {x["rank"]: doctor_checks.name_of(x) for x in facts}
-        rank = next(iter(failed or missing))
-        reason = failed.get(rank, "no answer")
-        advice = "NCCL_DEBUG=INFO" if backend == "nccl" else "GLOO_SOCKET_IFNAME"
+        # Others wait for the one that has failed.
+        rank = min(failed or missing, key=lambda x: failed.get(x, "").startswith(LATE))
+        reason = failed.get(rank, "no answer").removeprefix("RuntimeError: ")
+        advice = "GLOO_SOCKET_IFNAME chooses the interface."
+        if backend == "nccl":
+            advice = "NCCL_DEBUG=INFO shows the interface, and NCCL_SOCKET_IFNAME chooses it."
+        if "ImportError" in reason or "ModuleNotFoundError" in reason:
+            advice = "The environment there is not complete, or another one."
         result = f"{backend}: {names.get(rank, f'task {rank}')}: {reason}"
-        yield Finding("all-reduce", result, "error", f"{advice} says, or chooses, the interface.")
+        yield Finding("all-reduce", result, "error", advice)
         return
     for x in facts:
         x["versions"].update(answers[x["rank"]].value["versions"])

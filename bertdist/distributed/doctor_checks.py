@@ -81,6 +81,22 @@ def check_tasks(tasks: Sequence[Facts], layout: Layout) -> Iterable[Finding]:
         yield Finding("tasks per node", str(layout.tasks_per_node))
 
 
+def check_variables(tasks: Sequence[Facts]) -> Iterable[Finding]:
+    """Numbers that launch/slurm_job.sh reads, and refuses where they are none."""
+    bounds = {"NPROC_PER_NODE": (1, 1 << 15), "MAIN_PROCESS_PORT": (1, (1 << 16) - 1)}
+    for name, (low, high) in {**bounds, "MAX_RESTARTS": (0, 1 << 31)}.items():
+        for facts in tasks:
+            given = facts["environ"].get(name, "1")
+            if not (given.isascii() and given.isdecimal() and low <= int(given) <= high):
+                yield Finding(
+                    "variables",
+                    f"{name} is {given!r} in {name_of(facts)}; the launch expects a number",
+                    "error",
+                    f"Unset {name}, or correct it.",
+                )
+                break
+
+
 def check_gpus(tasks: Sequence[Facts]) -> Iterable[Finding]:
     """GPUs of each task: set, its own, the same number on all nodes."""
     if not any(x["gpus"] or x["cards"] or _asked_gpus(x) for x in tasks):
@@ -184,6 +200,15 @@ def check_cpus(tasks: Sequence[Facts]) -> Iterable[Finding]:
         threads = facts["environ"].get("OMP_NUM_THREADS", "")
         each = int(threads) if threads.isdecimal() else max(1, int(asked or cpus) // processes)
         wanted = processes * each
+        if wanted > cpus and threads.isdecimal() and cpus >= processes:
+            yield Finding(
+                "CPUs",
+                f"OMP_NUM_THREADS is {each}, and {name_of(facts)} may use {cpus} cores, for "
+                f"{processes} process(es)",
+                "warning",
+                f"Unset OMP_NUM_THREADS, or set it to {cpus // processes}.",
+            )
+            return
         if wanted > cpus and cpus < facts["cores"]:
             yield Finding(
                 "CPUs",
@@ -343,7 +368,7 @@ def _file_system(tasks: Sequence[Facts], ranks: set[int]) -> str:
 def _shared(found: FolderResult, tasks: Sequence[Facts]) -> Iterable[Finding]:
     kind = _file_system(tasks, {0}).split(" on ")[0]
     if len(tasks) < 2:
-        yield Finding("folder", f"{kind}; one task, nothing to compare with")
+        yield Finding("folder", f"{kind}; one task has answered, nothing to compare with")
         return
     cache = "Mount with lookupcache=none or a short actimeo, or expect late messages of failures."
     if found.replaced is None:

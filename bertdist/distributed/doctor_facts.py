@@ -22,7 +22,8 @@ from bertdist.distributed.shared_folder import file_system
 
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "numpy")
 VARIABLES = (
-    *("NPROC_PER_NODE", "OMP_NUM_THREADS", "MAIN_PROCESS_IP", "NCCL_SOCKET_IFNAME"),
+    *("NPROC_PER_NODE", "MAIN_PROCESS_PORT", "MAX_RESTARTS", "OMP_NUM_THREADS"),
+    *("MAIN_PROCESS_IP", "NCCL_SOCKET_IFNAME"),
     *("GLOO_SOCKET_IFNAME", "CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"),
     *("SLURM_CPUS_PER_TASK", "SLURM_GPUS_ON_NODE", "SLURM_STEP_GPUS", "SLURM_JOB_GPUS"),
 )
@@ -41,7 +42,10 @@ def facts_of(rank: int, folder: str, address: str) -> dict[str, Any]:
         "cpus": sorted(os.sched_getaffinity(0)),
         "cores": os.cpu_count() or 1,
         "cards": cards,
-        "gpus": visible_gpus(environ.get("CUDA_VISIBLE_DEVICES"), cards),
+        # ROCm reads both; SLURM may set the second one only.
+        "gpus": visible_gpus(
+            environ.get("CUDA_VISIBLE_DEVICES", environ.get("ROCR_VISIBLE_DEVICES")), cards
+        ),
         "interface": interface_to(address),
         "interfaces": sorted(psutil.net_if_addrs()),
         "rdma": rdma_gbits(Path("/sys/class/infiniband")),

@@ -1,6 +1,9 @@
 """The parts of `bertdist slurm doctor` that read SLURM's variables; tests/slurm runs all of it."""
 
 import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -16,7 +19,7 @@ from bertdist.distributed.doctor import (
 )
 from bertdist.distributed.doctor_checks import Finding
 from bertdist.distributed.slurm_config import DoctorConfig
-from bertdist.distributed.task_exchange import Place
+from bertdist.distributed.task_exchange import Answer, Place
 
 STEP = {
     "SLURM_JOB_ID": "12345",
@@ -61,22 +64,57 @@ def test_silent_tasks_are_named_with_their_nodes(monkeypatch: pytest.MonkeyPatch
     assert silent_tasks([1, 2, 5], environ) == "task 1 (node1), task 2 (node2), task 5"
 
 
-def test_the_step_has_the_tasks_of_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[list[str]] = []
+def replace_srun(folder: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    (folder / "srun").write_text(f"#!/bin/bash\n{text}\n")
+    (folder / "srun").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
 
-    class Done:
-        returncode = 1
 
-    monkeypatch.setattr(
-        doctor.subprocess, "run", lambda command, **_: calls.append(command) or Done
-    )
+def test_the_step_has_the_tasks_of_the_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    replace_srun(tmp_path, monkeypatch, f'printf "%s\\n" "$@" > {tmp_path}/words; exit 3')
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "64")
     assert start_step(DoctorConfig(folder="/shared/me", bandwidth=False, wait=7.0)) == 1
-    (command,) = calls
-    assert command[0] == "srun" and "--cpus-per-task=64" in command
+    command = (tmp_path / "words").read_text().splitlines()
+    assert "--cpus-per-task=64" in command
     assert not any(word.startswith(("--nodes", "--ntasks")) for word in command)
     words = command[command.index("doctor") + 1 :]
     assert words == ["--folder=/shared/me", "--tasks_per_node=1", "--bandwidth=False", "--wait=7.0"]
+    # A task that ends at once must not end the first one, which waits for it and prints the table.
+    (wait,) = (word for word in command[: command.index("doctor")] if word.startswith("--wait="))
+    assert int(wait.removeprefix("--wait=")) > 10 * 7
+
+
+def test_a_task_that_hangs_is_not_waited_for_after_the_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor, "LEAVE_SECONDS", 0.1)
+    for code in (0, 1):
+        replace_srun(tmp_path, monkeypatch, f'printf "a table\\n\\x1e{code}\\n"; exec sleep 100')
+        assert start_step(DoctorConfig()) == code
+        assert capsys.readouterr().out == "a table\n"
+    monkeypatch.setattr(doctor, "TORCH_SECONDS", -5.0)
+    replace_srun(tmp_path, monkeypatch, "exec sleep 100")
+    with pytest.raises(ConfigError, match="srun did not end within"):
+        start_step(DoctorConfig(wait=1.05))
+
+
+def test_the_rank_that_failed_is_named_not_one_that_waited(monkeypatch: pytest.MonkeyPatch) -> None:
+    late = "RuntimeError: no answer within 120 s"
+    errors = {0: late, 1: "RuntimeError: ModuleNotFoundError: No module named 'torch'", 2: late}
+    place = Place(0, 3, "node1", 20001, "x")
+    tasks: Any = SimpleNamespace(
+        place=place, ask_each=lambda *_: {x: Answer(None, error) for x, error in errors.items()}
+    )
+    facts = [{"rank": x, "node": f"node{x}", "gpus": None, "environ": {}} for x in errors]
+    (found,) = doctor.reduce_on_all(tasks, facts, True, False, 1.0)
+    assert found.result == "gloo: task 1 (node1): ModuleNotFoundError: No module named 'torch'"
+    assert found.level == "error" and "IFNAME" not in found.advice
+    errors[1] = late
+    (found,) = doctor.reduce_on_all(tasks, facts, True, False, 1.0)
+    assert found.result == "gloo: task 0 (node0): no answer within 120 s"
+    assert "IFNAME" in found.advice
 
 
 @pytest.mark.parametrize(("level", "code"), [("ok", 0), ("warning", 0), ("error", 1)])

@@ -16,6 +16,7 @@ from bertdist.distributed.doctor_checks import (
     check_gpus,
     check_network,
     check_tasks,
+    check_variables,
     check_versions,
 )
 from bertdist.distributed.shared_folder import FolderResult
@@ -159,6 +160,30 @@ def test_cpus_that_srun_did_not_take_over() -> None:
     # an OMP_NUM_THREADS of one needs no more cores than processes
     few = task(0, "node1", ALL_GPUS, cpus=list(range(8)), environ={"OMP_NUM_THREADS": "1"})
     assert bad(check_cpus([few])) == []
+    # of a shell that sets it for other programs
+    many = task(0, "node1", ALL_GPUS, environ={"OMP_NUM_THREADS": "64"})
+    (found,) = bad(check_cpus([many]))
+    assert found[1].startswith("OMP_NUM_THREADS is 64, and task 0 (node1) may use 64 cores, for 8")
+
+
+@pytest.mark.parametrize(
+    ("name", "right", "wrong"),
+    [
+        ("NPROC_PER_NODE", ("1", "8"), ("0", "x", "", "-1", "\u0663")),
+        ("MAIN_PROCESS_PORT", ("29500",), ("0", "99999", "abc")),
+        ("MAX_RESTARTS", ("0", "100"), ("-1", "many")),
+    ],
+)
+def test_numbers_that_a_launch_refuses(
+    name: str, right: tuple[str, ...], wrong: tuple[str, ...]
+) -> None:
+    for given in right:
+        assert bad(check_variables([task(0, "node1", environ={name: given})])) == []
+    for given in wrong:
+        tasks = [task(0, "node1"), task(1, "node2", environ={name: given})]
+        (found,) = bad(check_variables(tasks))
+        assert found[1].startswith(f"{name} is {given!r} in task 1 (node2)")
+    assert bad(check_variables([task(0, "node1")])) == []
 
 
 def test_cores_of_two_tasks() -> None:

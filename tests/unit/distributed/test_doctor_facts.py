@@ -92,6 +92,9 @@ def test_facts_are_json_and_of_this_task(tmp_path: Path, monkeypatch: pytest.Mon
     facts = facts_of(3, str(tmp_path), "127.0.0.1")
     assert json.loads(json.dumps(facts)) == facts
     assert (facts["rank"], facts["node"], facts["gpus"]) == (3, "node7", ["GPU-bb22"])
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setenv("ROCR_VISIBLE_DEVICES", "0")  # SLURM with AMD's GPUs
+    assert facts_of(3, str(tmp_path), "127.0.0.1")["gpus"] == ["GPU-aa11"]
     assert facts["cpus"] == sorted(os.sched_getaffinity(0))
     assert facts["versions"]["torch"] and facts["versions"]["driver"] == "550.54.15"
     assert " on /" in facts["file_system"]
