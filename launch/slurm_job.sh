@@ -141,6 +141,6 @@ requeue() { # AGAIN: what to do by hand
     return
   fi
   say "requeueing: restart $((attempt + 1)) of at most $max_restarts."
-  if scontrol requeue "$job"; then exit 0; fi
+  if (trap '' TERM && scontrol requeue "$job"); then exit 0; fi # SLURM's TERM may come before its answer
   say "could not be requeued; $1."
 }

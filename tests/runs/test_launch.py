@@ -265,7 +265,7 @@ COMMANDS = {
                 echo "JobId=$4 Restarts=${FAKE_RESTARTS-$SLURM_RESTART_COUNT} EndTime=$(date -d '+1 hour' +%FT%T)" ;;
             "show hostnames") printf 'node7\\nnode8\\n' ;;
             "show job") echo "PreemptEligibleTime=2026-11-27T11:16:11 PreemptTime=${FAKE_PREEMPTED:-None}" ;;
-            requeue*) echo "$2" >>"$FAKE/requeue" ;;
+            requeue*) echo "$2" >>"$FAKE/requeue"; kill -TERM $$ $PPID; sleep 0.1 ;;
         esac""",
     # reading the config takes seconds: one test does it
     "python": """
