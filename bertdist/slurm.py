@@ -267,10 +267,23 @@ def check_slurm(config: SlurmConfig) -> None:
     """Raise BertdistError for what can be seen before the job."""
     if isinstance(config, Submission):
         JOB_COMMANDS[config.command].check(config.config)
+        _check_python(config.options)
     elif isinstance(config, DoctorConfig) and "SLURM_JOB_ID" not in os.environ:
         raise ConfigError(
             "bertdist slurm doctor runs inside a job of SLURM, and SLURM_JOB_ID is not set: "
             "salloc --nodes 2 --ntasks-per-node 1, and the same command in its shell."
+        )
+
+
+def _check_python(options: SubmitConfig) -> None:
+    """Raise ConfigError where the `python` of the job's scripts would be another Python."""
+    own = Path(sys.executable)
+    named = own.with_name("python")
+    is_chosen = options.setup or os.environ.get("SETUP") or os.environ.get("CONTAINER")
+    if not is_chosen and not (named.exists() and named.samefile(own)):
+        raise ConfigError(
+            f"The job would run {named}, which is not this Python, {own}: use a virtual "
+            "environment, or say what to activate in the job (--setup)."
         )
 
 

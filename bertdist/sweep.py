@@ -19,6 +19,7 @@ if __name__ == "__main__":
 
 import dataclasses
 import importlib.util
+import shlex
 import signal
 import subprocess
 import time
@@ -417,8 +418,8 @@ def _show(results: dict[str, Any], folder: Path) -> None:
     if results["best"]:
         show(
             f"Files: {', '.join(str(folder / name) for name in files)}.",
-            f"Next: bertdist predict --model {folder} --input new.csv, or bertdist train --config "
-            f"{folder / BEST_FILE} --seeds 5",
+            f"Next: bertdist predict --model {shlex.quote(str(folder))} --input new.csv, or "
+            f"bertdist train --config {shlex.quote(str(folder / BEST_FILE))} --seeds 5",
         )
 
 

@@ -104,7 +104,7 @@ def row_of(target: Target, view: JobView | None, is_asked: bool, progress: Progr
     left = restarts = ""
     state = "forgotten by SLURM" if is_asked else ""
     if not target.job and target.script is not None and not progress.state:
-        state = "not submitted"
+        state = "no job known"
     if view is not None:
         state = view.state
         left = "" if view.seconds_left is None else plain_time(view.seconds_left)
@@ -246,7 +246,10 @@ def _progress_of(folder: Path) -> Progress:
         return _progress_of_sweep(folder)
     status = read_json_object(folder / STATUS)
     if "state" not in status:
-        return Progress()
+        if not (folder / STATUS).exists():
+            return Progress()
+        with open(folder / STATUS, "rb"):  # raises OSError where it cannot be read
+            raise ValueError
     settings = _settings(folder / "config.yaml")
     step = int(status["step"]) if isinstance(status.get("step"), int) else 0
     last = _last_line(folder / "metrics.jsonl")

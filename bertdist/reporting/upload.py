@@ -9,6 +9,7 @@ prediction, no text of a row. All files arrive in one commit, or none.
 
 import logging
 import re
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -258,5 +259,5 @@ def push_run(config: TrainConfig, say: Callable[..., None]) -> None:
     except BertdistError as error:
         say(
             f"The run has finished, and its model was not uploaded: {error}",
-            f"To upload it: bertdist push --model {config.run.output_dir} --to {to}",
+            f"To upload it: bertdist push --model {shlex.quote(config.run.output_dir)} --to {to}",
         )

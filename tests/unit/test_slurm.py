@@ -1,6 +1,8 @@
 """`bertdist slurm submit`: what is checked, written and given to sbatch, which is a script here."""
 
+import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +10,13 @@ import pytest
 import yaml
 
 from bertdist import cli, slurm
+from bertdist.core.args import TRAIN_SECTIONS, parse_arguments
+from bertdist.core.config import PredictConfig, TrainConfig
+from bertdist.core.flags import flags_of
 from bertdist.core.output_files import check_run_folder, check_sweep_folder
 from bertdist.data import preflight
 from bertdist.slurm import JOB_COMMANDS, Submission, config_yaml, read_slurm_config
+from bertdist.sweep import Sweep, SweepConfig
 from bertdist.training import resume_check
 
 TRAIN = ["train", "--model_name_or_path=m", "--train_file=t.tsv", "--output_dir=out"]
@@ -157,7 +163,53 @@ def test_paths_are_checked_before_the_job(
     assert not Path("out").exists() and not Path("sbatch.log").exists()
 
 
+def test_the_job_has_this_python(
+    folder: Path, sbatch: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (sbatch / "python3").symlink_to(sys.executable)  # as of systems without `python`
+    monkeypatch.setattr(sys, "executable", f"{sbatch}/python3")
+    code, _, error = run(capsys, "submit", *TRAIN)
+    message = f"bertdist: The job would run {sbatch}/python, which is not this Python, {sbatch}/"
+    assert code == 1 and error.startswith(message)
+    assert run(capsys, "submit", "--setup", "source activate bert", *TRAIN)[0] == 0
+    (sbatch / "python").symlink_to("python3")
+    assert run(capsys, "submit", "--dry_run", *TRAIN, "--output_dir=other")[0] == 0
+
+
 # ---- What is written
+
+
+@pytest.mark.parametrize("command", JOB_COMMANDS)
+def test_every_setting_reads_back_the_same(command: str) -> None:
+    texts = ["null", "yes", "1e3", "- x", "a: #b", " é ", "\x85", "a\nb", "'", "$HOME", "--x", "%", "\u2028"]  # fmt: skip
+    values: dict[type, list[Any]] = {
+        bool: [True, False],
+        int: [0, -1, 10**12],
+        float: [1e-5, 0.1, 1e16, 5e-324, -2.0],
+        str: texts,
+    }
+    paths = {"model_name_or_path", "model", "tokenizer_name", "train_file", "validation_file"}
+    paths |= {"test_file", "input", "output", "output_dir"}  # which are checked
+    sections: list[Any] = [PredictConfig] if command == "predict" else TRAIN_SECTIONS
+    sections = [SweepConfig, *sections] if command == "sweep" else sections
+    for i in range(len(texts)):
+        given = []
+        for section in sections:
+            odd: dict[str, Any] = {}
+            for field, flag in zip(dataclasses.fields(section), flags_of(section), strict=True):
+                known = list(flag.choices) or values[flag.type]
+                if flag.name not in paths:
+                    one = known[i % len(known)]
+                    odd[field.name] = [one, *known] if flag.many else one
+            given.append(section(**odd))
+        names = [field.name for field in dataclasses.fields(TrainConfig)]
+        config: Any = given[0]
+        if command != "predict":
+            config = TrainConfig(**dict(zip(names, given[-len(names) :], strict=True)))
+        config = Sweep(given[0], config, {}) if command == "sweep" else config
+        Path("config.yaml").write_text(config_yaml(config), encoding="utf-8")
+        again = parse_arguments("", sections, ["--config", "config.yaml"])
+        assert list(again) == given
 
 
 @pytest.mark.parametrize("words", [TRAIN, SWEEP, PREDICT], ids=lambda words: words[0])

@@ -125,7 +125,7 @@ def test_states_of_runs_without_a_job() -> None:
     # an ended job's run goes on by hand
     assert row_of(TARGET, None, True, Progress("running", is_alive=True))[3] == "running"
     written = Target(Path("out"), "", "out", Path("out/slurm/job.slurm"))
-    assert row_of(written, None, False, Progress())[2:4] == ["not submitted", ""]
+    assert row_of(written, None, False, Progress())[2:4] == ["no job known", ""]
     assert row_of(written, None, False, Progress("finished"))[2:4] == ["", "finished"]
 
 
@@ -189,6 +189,11 @@ def test_a_damaged_run_does_not_hide_the_others(tmp_path: Path) -> None:
     run = make_run(tmp_path / "c")
     (run / "metrics.jsonl").write_text('{"step": "x", "epoch": 1}\n')
     assert progress_of(run) == damaged
+    (run / "status.json").write_text("{")
+    assert progress_of(run) == damaged
+    (run / "status.json").unlink()
+    (run / "status.json").mkdir()
+    assert progress_of(run) == Progress("cannot be read (Is a directory)")
     (tmp_path / "d" / "trials").mkdir(parents=True)
     (tmp_path / "d" / "sweep.json").write_text('{"trials": "x"}')
     assert progress_of(tmp_path / "d") == damaged
