@@ -305,10 +305,11 @@ def submit(job: Submission) -> None:
         # As words, since variables such as SBATCH_PARTITION win over the lines of a script.
         words = option_words(given_options(job, folder))
         answer, notes = call_slurm("sbatch", "--parsable", *words, str(script))
-        number = answer.strip().split(";")[0]  # "123;cluster"
-        if not number.isdecimal():
+        # "123;cluster"; a site's own sbatch may say more
+        numbers = re.findall(r"^(\d+)(?:;.*)?$", answer, re.MULTILINE)
+        if not numbers:
             raise SlurmError(f"sbatch answers {answer.strip()!r}, not the number of a job.")
-        facts["job_id"] = number
+        facts["job_id"] = number = numbers[-1]
         atomic_write(folder / JOB_FILE, to_json(facts, indent=1))
     where = os.path.relpath(folder.parent if folder.name == SLURM else folder)
     shown = shlex.quote(f"./{where}" if where.startswith("-") else where)

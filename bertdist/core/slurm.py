@@ -29,6 +29,7 @@ UNKNOWN_JOB = "Invalid job id specified"
 _SECONDS_PER_DAY = 86400
 # Variables that would change what the commands do or answer: sbatch would wait for the job's end,
 # or make an array of it; squeue would leave jobs out; times would have another form.
+_OF_CLUSTER = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")
 _UNWANTED = ("SBATCH_WAIT", "SBATCH_ARRAY_INX", "SLURM_TIME_FORMAT")
 _PLAIN_STATES = ("RUNNING", "COMPLETED", "CANCELLED")  # whose reason is an earlier one
 _PLAIN_REASONS = ("", "None", "NonZeroExitCode")  # the state says it
@@ -53,10 +54,12 @@ class JobView(NamedTuple):
 
 def call_slurm(*command: str, seconds: float = CALL_SECONDS) -> tuple[str, str]:
     """What a command prints on standard output, and on standard error. Raises SlurmError."""
+    # Of the job in which this may run: a new job without GPUs would keep its SLURM_GPUS_ON_NODE.
+    foreign = ("SQUEUE_", *(("SLURM_",) if "SLURM_JOB_ID" in os.environ else ()))
     environment = {
         name: value
         for name, value in os.environ.items()
-        if name not in _UNWANTED and not name.startswith("SQUEUE_")
+        if name in _OF_CLUSTER or not (name in _UNWANTED or name.startswith(foreign))
     }
     try:
         done = subprocess.run(

@@ -302,6 +302,8 @@ def test_an_answer_without_a_number_is_no_submission(
 ) -> None:
     (sbatch / "sbatch").write_text("#!/bin/bash\necho done\n")
     assert run(capsys, "submit", *TRAIN)[2].startswith("bertdist: sbatch answers 'done', not")
+    (sbatch / "sbatch").write_text("#!/bin/bash\necho 'Maintenance on 24 May'; echo '77;here'\n")
+    assert run(capsys, "submit", *TRAIN)[1].startswith("Submitted job 77 ")
 
 
 def test_a_folder_with_percent_signs_and_a_dash(

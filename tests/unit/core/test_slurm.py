@@ -126,6 +126,11 @@ def test_variables_do_not_change_what_a_command_does(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("SLURM_CONF", "/etc/here")
     names = [line.split("=")[0] for line in slurm.call_slurm("env")[0].splitlines()]
     assert [x for x in names if x.startswith(("SBATCH_", "SQUEUE_", "SLURM_"))] == ["SLURM_CONF"]
+    # a submission inside a job
+    for name in ("SLURM_JOB_ID", "SLURM_GPUS_ON_NODE", "SLURM_MEM_PER_CPU"):
+        monkeypatch.setenv(name, "2")
+    names = [line.split("=")[0] for line in slurm.call_slurm("env")[0].splitlines()]
+    assert [x for x in names if x.startswith("SLURM_")] == ["SLURM_CONF"]
 
 
 def test_errors_are_one_line() -> None:
