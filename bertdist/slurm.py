@@ -144,7 +144,7 @@ def read_slurm_config(arguments: Sequence[str]) -> SlurmConfig:
         raise ConfigError(
             f"--wait is {doctor.wait:g}; expected a number of seconds, 1 to {LONGEST_WAIT}."
         )
-    return doctor
+    return dataclasses.replace(doctor, folder=os.path.expanduser(doctor.folder))
 
 
 def read_submission(words: Sequence[str]) -> Submission:

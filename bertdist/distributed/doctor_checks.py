@@ -3,6 +3,8 @@
 Each is a function of values, so that what a cluster does wrong can be planted in a test.
 """
 
+import errno
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
@@ -325,7 +327,9 @@ def check_folder(
 
     other = "Give --output_dir a folder on a disk that all nodes share."
     if found.made:
-        yield Finding("folder", f"{names[0]} cannot write there: {found.made}", "error", other)
+        is_missing = found.made == os.strerror(errno.ENOENT)
+        advice = f"Make {folder}, or check the folder above it." if is_missing else other
+        yield Finding("folder", f"{names[0]} cannot write there: {found.made}", "error", advice)
         return
     if found.missing:
         yield Finding("folder", f"{who(found.missing)} has no {folder}", "error", other)

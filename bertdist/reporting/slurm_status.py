@@ -114,8 +114,10 @@ def row_of(target: Target, view: JobView | None, is_asked: bool, progress: Progr
     is_over = progress.is_alive is False or (is_asked and progress.is_alive is None)
     if run_state == "running" and not is_active and is_over:
         run_state = "killed"  # it could not write its end
+    # A prediction writes its file at its end.
+    tells = target.folder is not None and not _is_of_prediction(target.folder)
     if not run_state and view is not None and view.is_active:
-        run_state = "not started"
+        run_state = "not started" if tells or view.state.startswith("PENDING") else ""
     return [
         target.name,
         target.job,

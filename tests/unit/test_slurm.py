@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from bertdist.core.config import PredictConfig, TrainConfig
 from bertdist.core.flags import flags_of
 from bertdist.core.output_files import check_run_folder, check_sweep_folder
 from bertdist.data import preflight
+from bertdist.distributed.slurm_config import DoctorConfig
 from bertdist.slurm import JOB_COMMANDS, Submission, config_yaml, read_slurm_config
 from bertdist.sweep import Sweep, SweepConfig
 from bertdist.training import resume_check
@@ -137,6 +139,12 @@ def test_wrong_actions(capsys: pytest.CaptureFixture[str]) -> None:
     )
     assert "is not set: salloc" in run(capsys, "doctor")[2]
     assert "--wait is 0; expected" in run(capsys, "doctor", "--wait", "0")[2]
+    assert "--wait is inf; expected" in run(capsys, "doctor", "--wait", "inf")[2]
+    error = run(capsys, "status", "out", "--folders", "out2")[2]
+    assert error == "bertdist: 'out' stands before --folders: give all of them in one place.\n"
+    assert read_slurm_config(["doctor", "--folder=~/x"]) == DoctorConfig(
+        folder=os.path.expanduser("~/x")
+    )
     assert "no_such: there is no such folder." in run(capsys, "status", "no_such")[2]
 
 

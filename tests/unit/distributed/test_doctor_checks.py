@@ -1,5 +1,7 @@
 """What a cluster may do wrong, planted in made-up facts: each is named, and the right one is all ok."""
 
+import errno
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -81,6 +83,15 @@ def test_a_right_allocation_is_all_ok() -> None:
 
 
 # ---- Tasks
+
+
+def test_a_folder_that_is_not_there_is_to_be_made() -> None:
+    for made, advice in (
+        (os.strerror(errno.ENOENT), "Make /a/b, or check the folder above it."),
+        (os.strerror(errno.EROFS), "Give --output_dir a folder on a disk that all nodes share."),
+    ):
+        (found,) = check_folder(FolderResult(made=made), [task(0, "node1")], "/a/b", 30)
+        assert (found.level, found.advice) == ("error", advice)
 
 
 def test_two_tasks_where_one_is_expected() -> None:

@@ -119,6 +119,17 @@ def test_states_of_job_and_run(
     assert [row[2], row[3], row[6], row[7]] == expected
 
 
+def test_a_prediction_that_runs_is_not_called_not_started(tmp_path: Path) -> None:
+    folder = tmp_path / "answers.csv.slurm"
+    folder.mkdir()
+    (folder / "job.json").touch()
+    for where in (folder, None):  # None: of launch/predict.slurm
+        target = Target(where, "41", "answers")
+        for state, expected in (("RUNNING", ""), ("PENDING (Priority)", "not started")):
+            assert row_of(target, JobView(state, True), True, Progress())[3] == expected
+    assert row_of(TARGET, JobView("RUNNING", True), True, Progress())[3] == "not started"
+
+
 def test_states_of_runs_without_a_job() -> None:
     for is_alive, expected in ((True, "running"), (None, "running"), (False, "killed")):
         assert row_of(TARGET, None, False, Progress("running", is_alive=is_alive))[3] == expected
