@@ -59,6 +59,13 @@ class TokenizedDataset:
     def __getitem__(self, rows: Sequence[int]) -> list[Example]:
         records = [self.records[int(row)] for row in rows]
         encoded = encode(records, self.tokenizer, self.max_length)
+        for row, (ids, _) in zip(rows, encoded, strict=True):
+            if not ids:
+                raise DataError(
+                    f"{self.records.location(int(row))}: the text has no tokens, as the tokenizer "
+                    "adds no special tokens; use a tokenizer that does (--tokenizer_name), or "
+                    "leave such rows out."
+                )
         if self.vocab_size is not None:
             self._check_ids(rows, encoded, self.vocab_size)
         first, targets, weights = self.records.first_row, self.targets, self.weights

@@ -160,11 +160,12 @@ def _show_steps(config: TrainConfig, report: DataReport, task: Task) -> None:
     per_row = lengths.kept / num_rows
     batched = padding_ratio(np.minimum(lengths.counted, max_length), batch_size, config.run.seed)
     shown = ", ".join(excerpt(name, 40) for name in task.labels[:10])
+    shown += ", ..." * (len(task.labels) > 10)
     epochs = total / per_epoch
     outputs = f"{len(task.labels)} output{'s' * (len(task.labels) != 1)}"
     about = "" if lengths.rows == num_rows else "about "
     show(
-        f"Task: {task.problem_type}, {outputs}: {shown}.",
+        f"Task: {task.problem_type}, {outputs}: {shown}{'.' * (len(task.labels) <= 10)}",
         *filter(None, [task.reason]),
         f"{per_epoch:,} steps per epoch of {batch_size} rows, {total:,} steps in total "
         f"({epochs:.3g} epoch{'s' * (epochs != 1)}).",

@@ -141,6 +141,13 @@ def _list_texts(folder: Path) -> tuple[list[Path], list[Path]]:
     texts = [file for file in files if file.suffix.lower() == ".txt"]
     texts = texts or [file for file in files if not file.suffix]
     if not texts:
+        if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
+            raise DataError(
+                f"{folder} was written by save_to_disk of `datasets`; write each split as a file: "
+                f"datasets.load_from_disk({str(folder)!r}).to_parquet('rows.parquet'), of a "
+                "DatasetDict ['train'].to_parquet(...). From Python rows may be a Dataset: "
+                "bertdist.train(train_rows=...)."
+            )
         raise DataError(
             f"{folder} is a folder without .txt files; expected a file, a folder with one folder "
             f"of .txt files per label, or a pattern such as {folder}/*.csv."

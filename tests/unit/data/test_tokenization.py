@@ -532,3 +532,15 @@ def test_a_name_that_is_no_folder_is_one_line() -> None:
         "No tokenizer 'no-such/model', neither a folder here nor on the Hub. HF_HUB_OFFLINE is set, "
     )
     assert "\n" not in str(caught.value)
+
+
+def test_a_text_without_tokens_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
+    """A tokenizer that adds no special tokens gives an empty text no ids; the model needs one."""
+    bare = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "?": 1}, unk_token="?")),
+        pad_token="?",
+    )
+    rows = create_dataset(records_from_texts(["a", ""]), bare, None, 8)
+    assert rows[[0]][0].ids == [0]
+    with pytest.raises(DataError, match=r"row 1.*has no tokens.*--tokenizer_name"):
+        rows[[0, 1]]

@@ -99,6 +99,7 @@ def test_bytes_of_another_encoding_name_the_file(folder: Path) -> None:
         ("", {"file_format": "csv"}, "--file_format cannot take effect on a folder"),
         ("..", {}, "has folders in its folders, such as"),
         ("empty", {}, "is a folder without .txt files; expected a file, a folder with one folder"),
+        ("saved", {}, r"was written by save_to_disk of `datasets`.*to_parquet"),
         ("", {"text_column": "review"}, "there is no column 'review'.*The columns are 'text'"),
     ],
 )
@@ -106,5 +107,7 @@ def test_what_is_no_folder_of_texts_is_refused(
     folder: Path, inner: str, flags: dict[str, Any], message: str
 ) -> None:
     (folder.parent / "train" / "empty").mkdir()
+    (folder / "saved").mkdir()
+    (folder / "saved" / "state.json").write_text("{}")
     with pytest.raises(DataError, match=message):
         records_of(folder / inner, **flags)
