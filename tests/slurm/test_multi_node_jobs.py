@@ -8,7 +8,7 @@ from rows import (
     skip_updates,
     step_log,
 )
-from slurm.cluster import Cluster
+from slurm.cluster import Cluster, until
 from slurm.train_run import Run
 
 
@@ -26,7 +26,8 @@ def test_two_nodes_lose_a_node_and_a_rank(run: Run, cluster: Cluster) -> None:
     job = run.submit("multi_node.slurm", "--nodes=2")
     saved = run.wait_for_checkpoint(job, 0)
     cluster.kill_node("node2")
-    job.wait_for_log("restart 1 of at most 100")
+    # by the script, or by SLURM where it misses the node first
+    until(lambda: job.restarts() == 1 or job.has_ended(), job.story)
     assert run.saved_step() >= saved
     cluster.start_node("node2")
 
