@@ -31,6 +31,7 @@ from bertdist.core.args import (
     read_predict_config,
 )
 from bertdist.core.config import DataConfig, EvaluateConfig, PredictConfig
+from bertdist.core.cores import usable_cores
 from bertdist.core.errors import ConfigError, did_you_mean
 from bertdist.core.flags import FlagParser, create_parser, help_request
 from bertdist.core.terminal import (
@@ -273,7 +274,7 @@ def launch_processes(
         options += ["--mixed_precision", "no"]  # unless --mixed_precision says otherwise
         config_file = str(bertdist.resource_folder("accelerate_configs") / file)
         if not gpus and "OMP_NUM_THREADS" not in os.environ:
-            threads = max(1, (os.cpu_count() or 1) // processes)
+            threads = max(1, usable_cores() // processes)
             options += ["--num_cpu_threads_per_process", str(threads)]
     options += [
         "--config_file",
@@ -315,7 +316,7 @@ def _show_info(arguments: Sequence[str]) -> None:
     devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     for i, device in enumerate(devices):
         show(f"{f'GPU {i}:':20}{device.name}, {device.total_memory / 2**30:.0f} GiB")
-    cores, threads = os.cpu_count(), torch.get_num_threads()
+    cores, threads = usable_cores(), torch.get_num_threads()
     capability = torch.backends.cpu.get_cpu_capability()
     show(f"{'CPU:':20}{cores} cores, torch uses {threads} threads, {capability}")
     if not devices:

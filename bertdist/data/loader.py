@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from bertdist.core.config import BatchConfig, TrainConfig
+from bertdist.core.cores import usable_cores
 from bertdist.core.errors import BertdistError
 from bertdist.core.terminal import print_to_stderr
 from bertdist.core.types import Array
@@ -144,7 +145,7 @@ def create_train_loader(
     if asked and asked > workers and accelerator.is_main_process:
         print_to_stderr(
             f"--dataloader_num_workers {asked}: using {workers}, {WORKERS_PER_CORE} for each of "
-            f"the {_cores()} cores."
+            f"the {usable_cores()} cores."
         )
     if not isinstance(rows, Records):
         from bertdist.data.streaming import create_stream_loader
@@ -178,14 +179,9 @@ def create_eval_loader(
     return MapLoader(dataset=dataset, rows_per_step=EVALUATION_ROWS, **settings)
 
 
-def _cores() -> int:
-    has_affinity = hasattr(os, "sched_getaffinity")
-    return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
-
-
 def loader_settings(config: BatchConfig, accelerator: Accelerator) -> dict[str, Any]:
     """The fields of a loader that follow from the launch, and a first tokens_per_micro_batch."""
-    workers, cores = config.dataloader_num_workers, _cores()
+    workers, cores = config.dataloader_num_workers, usable_cores()
     if workers is None:
         workers = 1 if cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) >= 2 else 0
     return {

@@ -223,7 +223,7 @@ def _add_refused(build: FindingBuilder, labels: SplitLabels, train: SplitLabels)
         kind, title, advice = "refused_labels", REFUSED_TITLE, REFUSED_ADVICE
     build.add(
         kind,
-        "warning" if build.split == "test" else "error",  # training reads no test file
+        "error",
         title,
         rows[np.sort(firsts)],
         f"Training stops at the first: {of_first}{all_unknown}",

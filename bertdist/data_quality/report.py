@@ -111,7 +111,7 @@ def check_data(
     labels = {name: split_labels(records, trained) for name, records in splits.items()}
     train_labels = labels["train"]
     assert train_labels is not None
-    skipped = sum(len(records.bad_rows) for name, records in splits.items() if name != "test")
+    skipped = sum(len(records.bad_rows) for records in splits.values())
     for name, build in builders.items():
         records = build.records
         _add_bad_rows(build, skipped > data.max_bad_rows, data.max_bad_rows, refuses)
@@ -214,7 +214,7 @@ def _has_label_columns(path: str, data: DataConfig, train: Records) -> bool:
 def _add_bad_rows(build: FindingBuilder, too_many: bool, limit: int, refuses: bool) -> None:
     """Rows that cannot be read, which were skipped: how many, and why.
 
-    too_many: of train and validation together, as training counts them. refuses: training ends at
+    too_many: of all splits together, as training counts them. refuses: training ends at
     the first of them (--on_bad_row fail).
     """
     bad = build.records.bad_rows
@@ -223,7 +223,6 @@ def _add_bad_rows(build: FindingBuilder, too_many: bool, limit: int, refuses: bo
     listed = "; ".join(f"{reason} ({count:,})" for reason, count in reasons[:SHOWN_REASONS])
     if len(reasons) > SHOWN_REASONS:
         listed += f"; and {len(reasons) - SHOWN_REASONS:,} other reasons"
-    too_many = too_many and build.split != "test"
     advice = "Correct them in the source file"
     if refuses:
         listed = f"Training ends at the first of them, and no other check has them: {listed}"

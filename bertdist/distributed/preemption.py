@@ -26,8 +26,8 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 # In the environment of a process whose parent is torchrun or `accelerate launch`. Killed, these
 # leave their ranks behind, which nobody would end or restart. Any other parent may end: a shell,
-# nohup.
-LAUNCHER_VARIABLES = {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"}
+# nohup. ACCELERATE_MIXED_PRECISION, which accelerate sets too, is also a setting of users.
+LAUNCHER_VARIABLES = {"TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_MODE"}
 # Of a trial the process id of its sweep, which would end it, and starts it again.
 TRIAL_VARIABLE = "BERTDIST_TRIAL"
 

@@ -122,10 +122,12 @@ class Evaluator:
     ) -> None:
         """loader: of `create_eval_loader`.
 
-        Raises ConfigError on rank 0 for metrics that are unknown or do not fit the task.
+        A collective: raises ConfigError on all ranks for metrics that are unknown or do not fit the
+        task.
         """
         self.loader, self.accelerator = loader, accelerator
-        self.scorer = create_scorer(config, task, accelerator)
+        with raise_on_all_ranks(accelerator):
+            self.scorer = create_scorer(config, task, accelerator)
 
     def evaluate(self, model: nn.Module, stop: StopSignal | None = None) -> Evaluation | None:
         """The scores of the split; None on all ranks if a stop was requested meanwhile.

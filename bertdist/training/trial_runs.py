@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 
 from bertdist.core.atomic_io import explain_write_errors, read_json_object, remove_folder
 from bertdist.core.config import RunConfig
+from bertdist.core.cores import usable_cores
 from bertdist.core.output_files import LOCK, STATUS
 from bertdist.core.search_space import Value, as_flags
 
@@ -185,7 +186,7 @@ class TrialLauncher:
             own = self._gpus[first : first + self._processes]
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(own)
         elif self._jobs > 1 and "OMP_NUM_THREADS" not in os.environ:
-            threads = len(os.sched_getaffinity(0)) // (self._jobs * self._processes)
+            threads = usable_cores() // (self._jobs * self._processes)
             environment["OMP_NUM_THREADS"] = str(max(1, threads))
         return environment
 

@@ -14,8 +14,10 @@ from forked import TO_TELL, RankError, run_ranks
 from rows import checkpoints_of, json_of, on_rank, run_main, run_train, words_of, write_split
 from rows import train_module as train
 
+from bertdist.core.args import read_config
 from bertdist.core.errors import CheckpointError, ConfigError, DataError
 from bertdist.distributed import preemption as slurm
+from bertdist.tasks.tasks import SingleLabel
 from bertdist.training import best_model as best
 from bertdist.training import checkpoint, evaluation
 
@@ -286,3 +288,20 @@ def test_ranks_that_decide_alone_are_seen(tiny_model: Path, tmp_path: Path) -> N
     words = words_of(tiny_model, tmp_path / "out", write_split(tmp_path, 40), save_every="never")
     with pytest.raises(RankError):
         run_ranks(2, run_main, words, alone, timeout=6)
+
+
+def test_an_own_loop_is_told_of_a_metric_on_all_ranks(tiny_model: Path, tmp_path: Path) -> None:
+    """`Evaluator` makes its metrics on rank 0."""
+    flags = ["--metrics", "pearson"]
+    words = [*words_of(tiny_model, tmp_path / "out", write_split(tmp_path, 12, 6)), *flags]
+
+    def told(accelerator: Accelerator) -> str:
+        try:
+            task = SingleLabel(("no", "yes"))
+            evaluation.Evaluator(None, task, read_config(words), accelerator)
+        except ConfigError as error:
+            return str(error)
+        return ""
+
+    first, second = run_ranks(2, told)
+    assert first == second and "--metrics pearson: is for regression" in first

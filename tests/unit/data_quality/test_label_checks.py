@@ -130,10 +130,10 @@ def test_good_labels_are_not_refused(tmp_path: Path) -> None:
     refuse_labels(read_config(words.split()))
 
 
-def test_labels_of_a_test_file_are_no_error_as_training_does_not_read_them(tmp_path: Path) -> None:
+def test_unknown_labels_of_a_test_file_are_an_error_as_in_training(tmp_path: Path) -> None:
     rows = with_labels(["a", "b"] * 20)
     found = check_rows(tmp_path, rows, test=with_labels(["a", "?"], 1), near_threshold=0)
-    assert kinds(found)[0] == ("unknown_labels", "warning", "test", 1)
+    assert kinds(found)[0] == ("unknown_labels", "error", "test", 1)
 
 
 def test_rare_labels_and_imbalance(tmp_path: Path) -> None:

@@ -230,8 +230,9 @@ def test_a_launcher_that_is_gone_asks_to_stop(
     launched: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The parent of a run that nobody launched may go: a shell, nohup."""
-    for name in ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"):
+    for name in ("TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_MODE"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # as users do
     if launched:
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     request = StopSignal()
@@ -247,7 +248,7 @@ def test_a_launcher_that_went_before_there_was_a_request_is_seen(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """While torch was imported and ranks met. A process that was forked later has a parent of its own."""
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_MODE", "default")
     for process, reason in ((os.getpid(), "the launcher is gone"), (os.getpid() + 1, "")):
         monkeypatch.setattr(preemption, "_AT_IMPORT", (process, os.getppid() + 1))
         request = StopSignal()
