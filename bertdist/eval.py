@@ -170,7 +170,7 @@ def load_labelled_rows(config: EvaluateConfig) -> tuple[Task, Records, list[str]
                 "--label_names has the model's own names in another order, which would rename its "
                 f"outputs ({listed(task.labels)}): leave it out, labels are matched by name."
             )
-        task = replace(task, labels=tuple(names), codes=())  # type: ignore[type-var]  # a Protocol
+        task = replace(task, labels=names_in_files(names, task.labels), codes=())  # type: ignore[type-var]  # a Protocol
     data = data_of_model(config, metadata)
     with suggest_prediction():
         records = load_records(data, "validation", task.problem_type == REGRESSION)
@@ -184,6 +184,24 @@ def load_labelled_rows(config: EvaluateConfig) -> tuple[Task, Records, list[str]
         notes.append(f"Skipped {_rows(number)} that cannot be read: {bad_rows.rows[0].message}")
     task, records, named = name_labels(task, records)
     return task, records, [*notes, *named]
+
+
+def names_in_files(given: Sequence[str], labels: Sequence[str]) -> tuple[str, ...]:
+    """--label_names in the order of the model's outputs: `b a`, or as for training
+    `1=pos 0=neg`, which names the codes of the file by labels of the model, in any order.
+
+    Raises ConfigError.
+    """
+    pairs = [(name.strip(), code.strip()) for code, _, name in (x.partition("=") for x in given)]
+    codes = dict(pairs)
+    if {*given} & {*labels} or not codes.keys() & {*labels} or len({*codes.values()}) < len(pairs):
+        return tuple(given)
+    if unknown := [name for name in codes if name not in labels]:
+        raise ConfigError(
+            f"--label_names names {listed(unknown)}, which the model does not have: expected "
+            f"CODE=NAME for each of its labels {listed(labels)}."
+        )
+    return tuple(codes[label] for label in labels)
 
 
 def name_labels(task: Task, records: Records) -> tuple[Task, Records, list[str]]:

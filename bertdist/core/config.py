@@ -693,7 +693,8 @@ class EvaluateConfig(LabelledConfig):
     )
     label_names: list[str] | None = setting(
         None,
-        "Names of the model's outputs in their order, as the file has them. Default: the model's.",
+        "Names of the model's outputs in their order, as the file has them; or 1=positive "
+        "0=negative, the codes of the file for the model's labels. Default: the model's.",
     )
     max_eval_samples: int | None = setting(None, "Evaluate on the first N rows only.")
     max_length: int | None = setting(

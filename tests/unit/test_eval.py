@@ -13,6 +13,7 @@ from bertdist import eval as evaluation
 from bertdist.core.config import EvaluateConfig
 from bertdist.core.errors import CheckpointError, ConfigError
 from bertdist.core.output_files import check_evaluation_folder
+from bertdist.eval import names_in_files
 
 RESULTS: Any = SimpleNamespace(
     report={"evaluated": {"model": "out", "rows": 1}, "scores": {}},
@@ -88,3 +89,25 @@ def test_an_evaluation_that_cannot_be_written_leaves_nothing(
     with pytest.raises(CheckpointError, match=r"evaluation\.json: No space left .* needed, "):
         evaluation._write(folder, RESULTS, RECORDS, EvaluateConfig(model="out"))
     assert names(folder) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [
+        ("L R", ("L", "R")),
+        ("L=neg R=pos", ("L", "R")),
+        ("R=pos L=neg", ("L", "R")),
+        ("1 = pos,0 = neg", ("0", "1")),
+        ("a=0 a=1", ("a=0", "a=1")),  # of the model's own kind: not codes
+        ("neg pos", ("neg", "pos")),
+    ],
+)
+def test_label_names_are_in_order_or_by_code(given: str, names: tuple[str, ...]) -> None:
+    words = given.split("," if "," in given else None)
+    labels = ("0", "1") if given.startswith("a=") else ("neg", "pos")
+    assert names_in_files(words, labels) == names
+
+
+def test_a_code_for_a_label_that_the_model_does_not_have_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"--label_names names bad, which the model does not"):
+        names_in_files(["L=neg", "R=bad"], ("neg", "pos"))

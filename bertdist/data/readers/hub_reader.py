@@ -191,10 +191,15 @@ def _load(path: str, config: str | None, revision: str | None) -> Any:
 
 
 def load_hub_splits(name: str, path: str, config: str | None) -> Any:
-    """The splits of a data set, downloaded: a DatasetDict. name: for messages. Raises DataError."""
+    """Name -> datasets.Dataset: the splits of a data set, downloaded. name: for messages.
+
+    Raises DataError.
+    """
     probe_hub(path, "dataset")
     import datasets
 
+    if Path(path, "state.json").is_file():  # one Dataset, of save_to_disk
+        return _as_data_error(name, lambda: _load(path, config, None), path)
     with offline_where_unreachable():
         return _as_data_error(name, lambda: datasets.load_dataset(path, config), path)
 

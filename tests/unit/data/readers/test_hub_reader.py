@@ -399,3 +399,12 @@ def rename(server: FakeHub) -> None:
         server.files[f"/datasets/user/name/resolve/{server.sha}/{path}"] = server.files[
             f"/datasets/user/name/resolve/main/{path}"
         ]
+
+
+def test_a_single_dataset_of_save_to_disk_is_one_split(tmp_path: Path) -> None:
+    rows = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]})
+    rows.save_to_disk(str(tmp_path / "saved"))
+    data = DataConfig(dataset_name=str(tmp_path / "saved"))
+    found = load_records(data, "train")
+    assert found is not None and list(map(str, found.texts)) == ["a", "b"]
+    assert load_records(data, "validation") is None
