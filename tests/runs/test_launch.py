@@ -288,8 +288,14 @@ class FakeSlurm:
         for name, body in COMMANDS.items():
             (folder / "bin" / name).write_text(f"#!/bin/bash\n{textwrap.dedent(body)}\n")
             (folder / "bin" / name).chmod(0o755)
+        self.clone = folder / "clone"  # jobs write their logs there
+        self.clone.mkdir()
+        for name in ("bertdist", "launch", "accelerate_configs"):
+            (self.clone / name).symlink_to(ROOT / name)
 
-    def job(self, script: str, *words: str, cwd: Path = ROOT, **more: str) -> subprocess.Popen[str]:
+    def job(
+        self, script: str, *words: str, cwd: Path | None = None, **more: str
+    ) -> subprocess.Popen[str]:
         job = {
             "SLURM_JOB_ID": "123456",
             "SLURM_JOB_NUM_NODES": "1",
@@ -310,7 +316,7 @@ class FakeSlurm:
         pipe = subprocess.PIPE
         run = subprocess.Popen(
             command,
-            cwd=cwd,
+            cwd=cwd or self.clone,
             env=env,
             stdout=pipe,
             stderr=subprocess.STDOUT,
