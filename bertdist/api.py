@@ -205,7 +205,8 @@ class Run:
         file = self.folder / "metrics.jsonl"
         if not file.is_file():
             return []
-        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        lines = file.read_bytes().split(b"\n")[:-1]  # what is after the last is not written yet
+        return [json.loads(line) for line in lines]
 
     @property
     def cross_validation(self) -> dict[str, Any]:
@@ -272,7 +273,7 @@ class Run:
 
 @_with_keywords("train")
 def train(
-    config: TrainConfig | None = None,
+    config: TrainConfig | str | Path | None = None,
     *,
     train_rows: Any = None,
     validation_rows: Any = None,
@@ -292,8 +293,8 @@ def train(
     settings: the flags of `bertdist train`: model_name_or_path, train_file, validation_file,
     test_file, validation_split, output_dir, text_column, label_column, label_names, max_length,
     num_train_epochs, learning_rate, train_batch_size, metrics, seed, ...; `bertdist train --help
-    all` says what each does. config="run.yaml" is a file of them.
-    config: of `read_config`, instead of settings.
+    all` says what each does.
+    config: of `read_config`, instead of settings; or a YAML file of them, which settings override.
     train_rows, validation_rows, test_rows: instead of files, a pandas or polars DataFrame, a
     datasets.Dataset, a pyarrow.Table, a list of dicts, a dict of columns, or (texts, labels).
     on_log(step, values) is called for every training line of metrics.jsonl, and
@@ -304,6 +305,13 @@ def train(
     Raises BertdistError.
     """
     _check_processes(processes)
+    if isinstance(config, str | Path):
+        settings, config = {"config": str(config), **settings}, None
+    elif not isinstance(config, TrainConfig | None):
+        raise ConfigError(
+            f"config is of type {type(config).__name__}; expected the path of a YAML file, or a "
+            "TrainConfig of read_config."
+        )
     with ExitStack() as stack:
         rows = {"train_rows": train_rows, "validation_rows": validation_rows}
         rows["test_rows"] = test_rows

@@ -66,7 +66,7 @@ MAY_CHANGE = (
     *("output_dir", "test_file", "use_cpu", "tokens_per_micro_batch", "dataloader_num_workers"),
     *("torch_compile", "cuda_graphs", "gradient_checkpointing", "log_every", "save_every"),
     *("save_total_limit", "verbose", "report_to", "stop_before_time_limit", "rank_timeout"),
-    "detect_anomaly",
+    *("detect_anomaly", "report", "project", "run_name"),
 )
 # Of one run, or of several: a trial has none of them.
 NOT_OF_TRIALS = ("folds", "seeds", "dry_run", "resume_from_checkpoint", "push_to_hub")

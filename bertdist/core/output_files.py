@@ -45,6 +45,7 @@ WRITTEN = (
     *("predictions.jsonl", "errors.jsonl", "test_evaluation.json", "test_predictions.jsonl"),
     *("test_errors.jsonl", "bad_rows.jsonl", "nan_rows.jsonl", "survey.json", "stacks", ".ranks"),
     *("probabilities.parquet", "test_probabilities.parquet", "report.html", TRACKER),
+    *("seeds.json", "cross_validation.json"),
 )
 # What `bertdist slurm submit` writes into a run's folder before the run, or beside predictions.
 SLURM, JOB_FILE, JOB_SCRIPT = "slurm", "job.json", "job.slurm"

@@ -25,7 +25,7 @@ DECIDES_NOTHING = frozenset(
         *("save_total_limit", "resume_from_checkpoint", "stop_before_time_limit", "rank_timeout"),
         *("accept_changed_data", "max_bad_rows", "detect_anomaly", "tokens_per_micro_batch"),
         *("dataloader_num_workers", "gradient_checkpointing", "metrics", "test_file", "use_cpu"),
-        *("slice_column", "report", "project", "run_name", "seeds"),
+        *("slice_column", "report", "project", "run_name", "seeds", "push_to_hub"),
     )
 )
 FOLDER = "output_dir"  # differs always

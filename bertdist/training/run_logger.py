@@ -128,14 +128,14 @@ class RunLogger:
     ) -> None:
         self.screen.close()
         self.screen.end_block()
-        if self.trackers is not None:
-            self.say(*self.trackers.close(failed=error is not None))
         if error is not None and self._running_since is not None:
             # A full or lost disk is what ended the run then, and that error is on its way.
             with suppress(CheckpointError):
                 reason = str(error) or type(error).__name__
                 cause = "lost" if isinstance(error, RankLost) else "error"
                 self.status("failed", self._running_since, reason, cause)
+        if self.trackers is not None:
+            self.say(*self.trackers.close(failed=error is not None))
 
     def say(self, *lines: str) -> None:
         """Show lines."""

@@ -92,8 +92,9 @@ def last_saved_step(run: Path) -> int:
 
 def rows_of(run: Path) -> dict[str, str]:
     """Number and fingerprint of its rows, as the newest checkpoint has them; {} without one."""
-    newest = max(run.glob("checkpoints/step_*/state.json"), default=None)  # names of equal length
-    state = read_json_object(newest) if newest else {}
+    # As train_state.step is written, in six digits or more (checkpoint.py).
+    newest = run / "checkpoints" / f"step_{last_saved_step(run):06d}" / "state.json"
+    state = read_json_object(newest) if newest.is_file() else {}
     found = {**state.get("must_match", {}), **state.get("may_change", {})}
     names = ("training_rows", "validation_rows")
     return {name: str(found[name]) for name in names if found.get(name)}

@@ -612,3 +612,21 @@ def test_the_callers_accelerator_stays_as_it_was(settings: dict[str, Any], tmp_p
     text = (tmp_path / "out" / "environment.json").read_text()
     assert '"mixed_precision": "no"' in text
     AcceleratorState._reset_state(True)
+
+
+def test_history_leaves_out_a_line_that_is_being_written(tmp_path: Path) -> None:
+    (tmp_path / "status.json").write_text('{"state": "running", "step": 1}')
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 1}\n{"kind": "tra')
+    assert bertdist.Run(tmp_path).history == [{"kind": "train", "step": 1}]
+
+
+def test_config_is_a_file_or_a_config(tmp_path: Path, tiny_model: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(f"train_file: gone.csv\nmodel_name_or_path: {tiny_model}\noutput_dir: o\n")
+    for config in (file, str(file)):
+        with pytest.raises(BertdistError, match=r"gone\.csv"):
+            bertdist.train(config)
+        with pytest.raises(BertdistError, match=r"lost\.csv"):
+            bertdist.train(config, train_file="lost.csv")
+    with pytest.raises(ConfigError, match="config is of type dict; expected the path of a YAML"):
+        bertdist.train({"train_file": "a.csv"})  # type: ignore[arg-type]
