@@ -6,7 +6,7 @@ pays.
     python -m bench.reading --train_file demo/data/train.tsv --output docs/streaming.md
 
 1. Read. The rows are written as tsv, csv, jsonl, jsonl.gz and parquet and go through
-`bertdist.stream_batches` as in a loader worker of
+`StreamLoader` (bertdist/data/streaming.py) as in a loader worker of
    one rank of many (--stream_sharding by_row): pieces, columns, windows, plan, dealing; of the
    encoding only this rank's share. Processor
    seconds of one process, in turns: what else the machine does counts little.

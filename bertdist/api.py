@@ -183,7 +183,7 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether training is done; else the same call goes on."""
+        """Whether training is done; if not, the same call of `train` resumes it."""
         done = read_json_object(self.folder / "status.json").get("state") == "finished"
         return bool(done or self.cross_validation or self.seeds)
 

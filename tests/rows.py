@@ -336,7 +336,7 @@ def die() -> None:
 
 
 def be_quick() -> None:
-    """Leave out what a run spends on itself. tests/unit/test_meter.py and the launched runs measure
+    """Leave out what a run spends on itself. tests/unit/training/test_throughput.py and the launched runs measure
     the rate in earnest.
     """
     configure_process()  # as the scripts do

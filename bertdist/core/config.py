@@ -293,8 +293,9 @@ class TaskConfig:
     )
     metrics: list[str] | None = setting(
         None,
-        "Metrics to compute: names in bertdist.tasks.metrics, path to a Hugging Face `evaluate` "
-        "metric script, or hub:NAME. Default: the usual metrics of the task.",
+        "Metrics to compute, such as accuracy, f1, f1_macro, roc_auc, pearson (all names: "
+        "docs/guides/imbalance.md); the path of a Hugging Face `evaluate` metric script, or "
+        "hub:NAME. Default: the usual metrics of the task.",
         brief="Scores to compute, such as accuracy f1_macro",
     )
     positive_label: str | None = setting(
@@ -600,7 +601,7 @@ class PredictConfig(FileConfig):
     )
     threshold: list[str] | None = setting(
         None,
-        "Least probability. Multi-label: every label above it is given (default 0.5, or the "
+        "Minimum probability. Multi-label: every label above it is given (default 0.5, or the "
         "thresholds of --tune_thresholds); joy=0.2 anger=0.4 for some labels. One label per text: "
         "where it is below, the label is null, empty in a table; positive=0.3: that one of two "
         "labels is the answer above it.",

@@ -67,7 +67,13 @@ class Splits(NamedTuple):
 
 
 def load_splits(config: TrainConfig) -> Splits:
-    """The rows of a run. Raises DataError."""
+    """The rows of a run, as --train_file, --validation_file, --validation_split and the like say.
+
+    config: its data and task sections, and the seed, are read. Returns the training rows: Records,
+    or a Stream with --streaming; and the validation and test rows, Records, or None where
+    there are none. Raises DataError, with file and line, for a row, column or file that cannot be
+    read.
+    """
     data, seed = config.data, config.run.seed
     if not data.streaming:
         parts = load_parts(data, config.task, seed)

@@ -139,7 +139,19 @@ def create_train_loader(
     config: TrainConfig,
     accelerator: Accelerator,
 ) -> Loader:
-    """This rank's loader of the training rows. Raises DataError and ConfigError."""
+    """This rank's loader of the training rows.
+
+    rows: `Splits.train` of `load_splits`; stats: of the same rows, by `collect_stats`. tokenizer:
+    of the model. task: of `create_task`. config: its batch, model, data and run sections are read.
+    accelerator: gives the rank and the number of ranks.
+
+    Returns a MapLoader, or a StreamLoader for a stream. `loader.steps(start, stop)` yields one
+    RankStep per optimizer step: `micro_batches`, PackedBatches with input_ids (1, T), and `rows`,
+    the rows of the step on all ranks.
+
+    Raises DataError for rows that cannot be encoded as the task needs, ConfigError where a stream
+    has too few files or rows for the ranks.
+    """
     settings = loader_settings(config.batch, accelerator)
     asked, workers = config.batch.dataloader_num_workers, settings["workers"]
     if asked and asked > workers and accelerator.is_main_process:
@@ -171,7 +183,12 @@ def create_eval_loader(
     config: TrainConfig,
     accelerator: Accelerator,
 ) -> MapLoader | None:
-    """This rank's loader of validation or test rows, if there are any. Raises DataError."""
+    """This rank's loader of validation or test rows, for `Evaluator`: one pass, in row order.
+
+    rows: `Splits.validation` or `Splits.test` of `load_splits`; the rest as for
+    `create_train_loader`. Returns None without rows. Raises DataError, with file and line, for a
+    label that is not one of the task's.
+    """
     if not rows:
         return None
     dataset = create_dataset(rows, tokenizer, task, config.model.max_length)

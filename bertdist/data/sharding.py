@@ -129,7 +129,8 @@ def length_blocks(rows: Array, lengths: Array, max_length: int) -> list[Array]:
 class RankShard:
     """Tokenizes and packs one rank's part of each step of a dataset.
 
-    window: of prediction; ranks are dealt the `length_blocks` of each `window` rows. 0: rows.
+    window: of prediction; the `length_blocks` of each `window` rows are distributed over the
+    ranks. 0: rows.
     """
 
     dataset: TokenizedDataset

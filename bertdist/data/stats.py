@@ -52,9 +52,16 @@ def collect_stats(
     say: Callable[[str], None],
     stop: StopSignal | None = None,
 ) -> DatasetStats | None:
-    """A collective: of a stream, each rank reads some files. Raises DataError.
+    """Statistics of the training rows: their labels, which define the task, and their number.
 
-    Returns None if `stop` was requested meanwhile.
+    A collective: every rank calls it; for a stream that must be read first, each reads some files.
+
+    rows: `Splits.train` of `load_splits`. config: the settings of the run. say: is called with a
+    line when a stream is read. stop: a request to end, such as a signal, that is looked at while a
+    stream is read.
+
+    Returns None, on all ranks, if `stop` was requested meanwhile. Raises DataError for rows that
+    cannot be read, on all ranks.
     """
     if isinstance(rows, Records):
         return DatasetStats(rows.label_stats(), [len(rows)], rows.bad_rows)

@@ -270,4 +270,4 @@ def _label_issue_problems(issues: LabelIssueConfig, train: TrainConfig) -> Itera
     if train.run.seeds is not None and folds is not None:
         yield "--seeds is for training: each fold is checked by one model; remove it."
     if train.run.dry_run and folds is not None:
-        yield "--dry_run is for train.py; give it the same flags without --folds."
+        yield "--dry_run is for `bertdist train`; give it the same flags without --folds."

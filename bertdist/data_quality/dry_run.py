@@ -1,4 +1,4 @@
-"""`train.py --dry_run`: describe a run without loading weights, using a GPU or writing files.
+"""`bertdist train --dry_run`: describe a run without loading weights, using a GPU or writing files.
 
 `dry_run` shows the findings on the data, one line each, the steps, what each rank gets, real tokens
 and the padding saved, and an estimate of memory. Everything is computed by training's own functions

@@ -3,7 +3,7 @@
     report = check_data(DataConfig(train_file=["train.tsv"], validation_file="dev.tsv"))
     report.findings[0].title, report.lengths["train"].percentiles, report.as_dict()
 
-`bertdist check` shows all of it, `train.py --dry_run` one line per finding.
+`bertdist check` shows all of it, `bertdist train --dry_run` one line per finding.
 """
 
 import re

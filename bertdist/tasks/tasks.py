@@ -439,7 +439,14 @@ TASK_CLASSES: dict[str, type[SingleLabel] | type[MultiLabel] | type[Regression]]
 def create_task(
     config: TaskConfig, labels: LabelStats, model_labels: tuple[str, ...] | None = None
 ) -> Task:
-    """The task that the labels of the training split define. Raises ConfigError and DataError.
+    """The task that the labels of the training split define.
+
+    config: the section `task` of the settings. labels: `collect_stats(...).labels`. model_labels:
+    the labels of the pretrained model's head, None if it has none.
+
+    Returns a SingleLabel, MultiLabel or Regression: it encodes labels, and computes the loss from
+    logits (N, O), O outputs. Raises ConfigError for settings that do not fit the labels, DataError
+    for labels of which no task can be made, such as one label only.
 
     The order of the outputs is --label_names, else that of the data set (labels.class_names), else
     that of the model's own head if it was trained on just these labels (model_labels), else sorted:

@@ -115,12 +115,16 @@ class Evaluation:
 
 
 class Evaluator:
-    """Evaluates a split, for a training loop of your own."""
+    """Evaluates a split, for a training loop of your own.
+
+    Every rank makes one and calls `evaluate`; every row is scored exactly once.
+    """
 
     def __init__(
         self, loader: MapLoader | None, task: Task, config: TrainConfig, accelerator: Accelerator
     ) -> None:
-        """loader: of `create_eval_loader`.
+        """loader: of `create_eval_loader`. task: of `create_task`. config: --metrics,
+        --metric_for_best_model and the like are read.
 
         A collective: raises ConfigError on all ranks for metrics that are unknown or do not fit the
         task.
@@ -130,9 +134,14 @@ class Evaluator:
             self.scorer = create_scorer(config, task, accelerator)
 
     def evaluate(self, model: nn.Module, stop: StopSignal | None = None) -> Evaluation | None:
-        """The scores of the split; None on all ranks if a stop was requested meanwhile.
+        """The scores of the split. A collective: every rank calls it.
 
-        A collective.
+        model: what `accelerator.prepare` gave; logits are (N, O) for a micro-batch of N texts.
+        stop: a request to end, such as a signal.
+
+        Returns an `Evaluation`: `scores` on all ranks, `predictions` and the rest on rank 0 only;
+        None on all ranks if a stop was requested meanwhile. Raises AssertionError without a loader,
+        DataError for a row that cannot be encoded, ConfigError if a custom metric fails.
         """
         assert self.loader is not None, "there is no split to evaluate"
         return evaluate_split(model, self.loader, self.scorer, self.accelerator, stop)

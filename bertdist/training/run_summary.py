@@ -1,9 +1,11 @@
 """The first and the last lines of a run: what is trained on what, and what came of it.
 
-show_start(log.screen, config, rows, stats, eval_rows, task, length)
-show_model(log.screen, config, classifier)
-show_report(log.screen, evaluation)      # the tables of an evaluation.json
-show_times(log.screen, ...); show_files(log.screen, folder); show_commands(log.screen, ...)
+show_data(log.screen, rows, stats, eval_rows, task, test_rows)
+log.screen.block("Model", describe_model(config, classifier))
+show_report(log.screen, report)      # the tables of an evaluation.json
+describe_times(meter, seconds, total)
+show_files(log.screen, folder)
+show_commands(log.screen, folder, config.data)
 """
 
 import os

@@ -148,7 +148,7 @@ FOR_TRAINING = " is for training; --model trains nothing and checks the training
         ),
         (
             [*FOLDS, "--dry_run"],
-            "--dry_run is for train.py; give it the same flags without --folds.",
+            "--dry_run is for `bertdist train`; give it the same flags without --folds.",
         ),
         (
             [*FOLDS, "--resume_from_checkpoint", "c"],
