@@ -462,3 +462,16 @@ def test_a_start_describes_the_run(log: RunLogger, tmp_path: Path) -> None:
     log.start(TrainState(step=1, finished=True), 9, other, accelerator)
     assert (tmp_path / "config.yaml").read_text() == config_to_yaml(other)
     assert status_of(tmp_path)["state"] == "finished" and lines_of(tmp_path) == OLD[:2]
+
+
+def test_a_tracker_that_fails_at_the_end_does_not_hide_that_the_run_has(tmp_path: Path) -> None:
+    class Broken:
+        def close(self, failed: bool) -> list[str]:
+            raise OSError("no route to host")
+
+    with pytest.raises(OSError, match="no route"), RunLogger(tmp_path, enabled=True) as log:
+        log.status("running", 3)
+        log.trackers = Broken()  # type: ignore[assignment]
+        raise DataError("a wrong row")
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert (status["state"], status["step"]) == ("failed", 3)
