@@ -21,7 +21,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
@@ -205,8 +205,11 @@ class Run:
         file = self.folder / "metrics.jsonl"
         if not file.is_file():
             return []
-        lines = file.read_bytes().split(b"\n")[:-1]  # what is after the last is not written yet
-        return [json.loads(line) for line in lines]
+        *lines, last = file.read_bytes().split(b"\n")
+        entries = [json.loads(line) for line in lines]
+        with suppress(ValueError):  # empty, or still being written
+            entries.append(json.loads(last))
+        return entries
 
     @property
     def cross_validation(self) -> dict[str, Any]:

@@ -618,6 +618,8 @@ def test_history_leaves_out_a_line_that_is_being_written(tmp_path: Path) -> None
     (tmp_path / "status.json").write_text('{"state": "running", "step": 1}')
     (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 1}\n{"kind": "tra')
     assert bertdist.Run(tmp_path).history == [{"kind": "train", "step": 1}]
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}')  # of an editor
+    assert bertdist.Run(tmp_path).history == [{"step": 1}, {"step": 2}]
 
 
 def test_config_is_a_file_or_a_config(tmp_path: Path, tiny_model: Path) -> None:
